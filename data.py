@@ -1,0 +1,269 @@
+"""Data: a toy task that needs no download, the GSM8K loaders, one tokenizer, and answer checking.
+
+Everything here speaks GSM8K's form, {"question": str, "answer": str}, where the answer carries
+calculator annotations `<<6+3=9>>` and ends in `#### n`. The model is trained on a *target* made
+from the answer: the annotations joined by spaces and then `#### n` ("equations"), or the whole
+text ("full").
+
+    question  Max has 8 eggs, buys 1, splits 3, times 3.
+    target    <<1+8=9>> <<9/3=3>> <<3*3=9>> #### 9
+
+The toy is built so that the order of generation matters (its numbers are in the README):
+- each equation needs the result of the one before, and a shallow network cannot compute a long
+  chain in one pass, so results have to be revealed over several steps;
+- + and * write their operands in either order with probability 1/2: each operand alone is
+  uncertain, together they are tied, so revealing both in the same step is wrong half of the time;
+- answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
+
+A sequence is `[question PAD .. PAD | answer EOS PAD .. PAD]`: the prompt is padded to `prompt_len`,
+the canvas to `answer_len` (L). EOS and PAD of the canvas are ordinary tokens that the model has to
+generate; PAD of the prompt is never attended to.
+"""
+
+import json
+import random
+import re
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import tiktoken
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend. `cli` prints it as one line and exits with status 2."""
+
+
+def cli(main):
+    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- the toy task ------------------------------------------------------------------------------
+
+NAMES = ["Max", "Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Zoe"]
+THINGS = ["eggs", "pens", "cups", "figs", "nuts", "toys", "caps", "keys"]
+VERBS = {"+": "buys", "-": "sells", "*": "times", "/": "splits"}
+TOY_LINKS = (5, 8)  # shortest and longest chain of equations
+TOY_SIZES = {"train": 50_000, "val": 1000, "test": 2000}
+
+
+def toy_example(rng: random.Random) -> dict:
+    """One chain of 5-8 operations on a running total that stays within 1..9."""
+    total = rng.randint(1, 9)
+    story, equations = f"{rng.choice(NAMES)} has {total} {rng.choice(THINGS)}", []
+    for _ in range(rng.randint(*TOY_LINKS)):
+        operands = {
+            "+": range(1, 10 - total),
+            "-": range(1, total),
+            "*": range(2, 9 // total + 1),
+            "/": [b for b in range(2, total + 1) if total % b == 0],
+        }
+        op = rng.choice([op for op, choices in operands.items() if choices])
+        b = rng.choice(operands[op])
+        result = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
+        left, right = (b, total) if op in "+*" and rng.random() < 0.5 else (total, b)
+        story += f", {VERBS[op]} {b}"
+        equations.append(f"<<{left}{op}{right}={result}>>")
+        total = result
+    return {"question": story + ".", "answer": "\n".join(equations) + f"\n#### {total}"}
+
+
+def toy_split(split: str, n: int, seed: int = 0) -> list[dict]:
+    """n examples of "train", "val" or "test". A question belongs to one split for ever: its
+    checksum decides, so no seed and no n lets a test question into train."""
+    rng, items = random.Random(f"toy-{split}-{seed}"), []
+    while len(items) < n:
+        item = toy_example(rng)
+        bucket = zlib.crc32(item["question"].encode()) % 8
+        if {0: "val", 1: "test"}.get(bucket, "train") == split:
+            items.append(item)
+    return items
+
+
+# --- GSM8K: from files or from the hub -----------------------------------------------------------
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Non-blank lines with their numbers. Raises UserError for unreadable files and LFS pointers."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+    if text.startswith("version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` where it came from")
+    return [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    items = []
+    for i, line in read_lines(path):
+        try:
+            items.append(to_item(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path}, line {i}: want JSON with question and answer ({type(e).__name__}: {e})") from e
+    return items
+
+
+def read_aug_text(path: Path) -> list[dict]:
+    """GSM8K-Aug lines: `question||<<16-3-4=9>> <<9*2=18>> #### 18`."""
+    items = []
+    for i, line in read_lines(path):
+        question, bar, answer = line.partition("||")
+        if not bar or "####" not in answer:
+            raise UserError(f"{path}, line {i}: want `question||<<..>> <<..>> #### n`")
+        items.append({"question": question.strip(), "answer": answer.strip()})
+    return items
+
+
+def to_item(row: dict) -> dict:
+    """A row of any GSM8K copy as {"question", "answer"}. Copies that keep the equations in a field
+    of their own (`steps` or `cot`) hold the bare number in `answer`."""
+    question, answer = row["question"], row["answer"]
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ValueError("question and answer must be strings")
+    steps = row.get("steps", row.get("cot"))
+    if steps is not None:
+        answer = f"{steps if isinstance(steps, str) else ' '.join(steps)} #### {answer}"
+    if "####" not in answer:
+        raise ValueError("answer has no `#### n`")
+    return {"question": question.strip(), "answer": answer.strip()}
+
+
+def load_gsm8k(dataset: str, data_dir: str | None) -> dict[str, list[dict]]:
+    """Splits of "gsm8k" or "gsm8k-aug" from `data_dir` (train.jsonl, test.jsonl, or the same with
+    .txt lines of GSM8K-Aug; valid.* where there is one), or from the hub."""
+    splits = {}
+    if data_dir:
+        for split in ("train", "test", "valid"):
+            found = [p for p in (Path(data_dir) / f"{split}.jsonl", Path(data_dir) / f"{split}.txt") if p.exists()]
+            if found:
+                splits[split] = read_jsonl(found[0]) if found[0].suffix == ".jsonl" else read_aug_text(found[0])
+            elif split != "valid":
+                raise UserError(f"no {split}.jsonl or {split}.txt in --data_dir {data_dir}")
+    else:
+        import datasets  # only here: it takes seconds to import and the toy does not need it
+        name = {"gsm8k": ("openai/gsm8k", "main"), "gsm8k-aug": ("whynlp/gsm8k-aug",)}[dataset]
+        try:
+            hub = datasets.load_dataset(*name)
+        except Exception as e:  # the hub client raises a dozen types for "no network"
+            reason = str(e).split("\n")[0][:120]
+            raise UserError(f"cannot load {name[0]} from the hub ({reason}): "
+                            "check the network, or pass --data_dir with train.jsonl and test.jsonl") from e
+        splits = {("valid" if s == "validation" else s): [to_item(r) for r in rows] for s, rows in hub.items()}
+    if not splits["train"] or not splits["test"]:
+        raise UserError(f"no examples in {data_dir or dataset}: train and test must hold at least one each")
+    return splits
+
+
+def load_splits(dataset: str, data_dir: str | None = None, seed: int = 0, toy_sizes: dict = TOY_SIZES) -> dict[str, list[dict]]:
+    """Lists of items by split: "train", "val", "test". `toy_sizes` says which of the toy's splits to
+    make; only its train split depends on `seed`."""
+    if dataset == "toy":
+        return {split: toy_split(split, n, seed if split == "train" else 0) for split, n in toy_sizes.items()}
+    splits = load_gsm8k(dataset, data_dir)
+    train, val = splits["train"], splits.get("valid")
+    if val is None:  # held out of train, always the same items: `seed` must not move them
+        train = random.Random("gsm8k-val").sample(train, len(train))
+        n_val = min(500, max(1, len(train) // 10))
+        train, val = train[n_val:] or train, train[:n_val]
+    seen = {item["question"] for item in train}
+    overlap = sum(item["question"] in seen for item in val + splits["test"])
+    if overlap:
+        print(f"warning: {overlap} validation or test questions also stand in train")
+    return {"train": train, "val": val, "test": splits["test"]}
+
+
+def to_target(answer: str, target: str) -> str:
+    """The text to generate: "equations" (annotations, then `#### n`) or "full" (all of it)."""
+    if target == "full":
+        return answer
+    return " ".join(re.findall(r"<<[^<>]*>>", answer) + ["#### " + answer.rpartition("####")[2].strip()])
+
+
+# --- tokenizer -----------------------------------------------------------------------------------
+
+PATTERN = r">> <<|>> #### | ?#### ?| ?<<|>>| ?[^\W\d_]+| ?\d| ?[^\w\s]|[\s\S]"  # a digit is always one token
+SPECIALS = ["<|eos|>", "<|pad|>", "<|mask|>"]
+
+
+def build_tokenizer(pieces: list[str]) -> tiktoken.Encoding:
+    """256 bytes, then `pieces`, then EOS, PAD, MASK. tiktoken takes a piece that stands in its table
+    whole and falls back to bytes, so nothing is trained and any text can be encoded."""
+    ranks = {bytes([i]): i for i in range(256)}
+    for piece in pieces:
+        ranks.setdefault(piece.encode(), len(ranks))
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+    return tiktoken.Encoding("learned-orders", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def frequent_pieces(items: list[dict], target: str, n: int = 2048) -> list[str]:
+    """The n most frequent pieces of two bytes or more in the training text."""
+    counts = Counter()
+    for item in items:
+        counts.update(re.findall(PATTERN, item["question"]))
+        counts.update(re.findall(PATTERN, to_target(item["answer"], target)))
+    frequent = sorted((p for p in counts if len(p.encode()) > 1), key=lambda p: (-counts[p], p))
+    return frequent[:n]
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+@dataclass
+class Split:
+    """Encoded items. `fits` says which of the original items are here; the others are longer than
+    the prompt or the canvas: dropped from training, counted as wrong in evaluation."""
+    prompt: torch.Tensor  # (N, P) question tokens, PAD to the end
+    x0: torch.Tensor      # (N, L) answer, EOS, PAD
+    fits: list[bool]      # one per original item
+
+
+def encode_prompt(question: str, enc: tiktoken.Encoding, prompt_len: int) -> list[int] | None:
+    """Question tokens, padded to prompt_len; None if they do not fit."""
+    ids = enc.encode_ordinary(question)
+    return ids + [enc.n_vocab - 2] * (prompt_len - len(ids)) if len(ids) <= prompt_len else None
+
+
+def encode_split(items: list[dict], enc: tiktoken.Encoding, prompt_len: int, answer_len: int, target: str) -> Split:
+    eos, pad = enc.n_vocab - 3, enc.n_vocab - 2
+    prompts, answers, fits = [], [], []
+    for item in items:
+        prompt = encode_prompt(item["question"], enc, prompt_len)
+        answer = enc.encode_ordinary(to_target(item["answer"], target)) + [eos]
+        fits.append(prompt is not None and len(answer) <= answer_len)
+        if fits[-1]:
+            prompts.append(prompt)
+            answers.append(answer + [pad] * (answer_len - len(answer)))
+    return Split(torch.tensor(prompts).view(-1, prompt_len), torch.tensor(answers).view(-1, answer_len), fits)
+
+
+def decode(tokens: list[int], enc: tiktoken.Encoding) -> str:
+    """Text of a canvas up to its first EOS or PAD."""
+    end = next((i for i, token in enumerate(tokens) if token >= enc.n_vocab - 3), len(tokens))
+    return enc.decode(tokens[:end])
+
+
+# --- checking answers ----------------------------------------------------------------------------
+
+NUMBER = re.compile(r"\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)", re.ASCII)
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number right after the last `####`, or None. `$` and `,` are ignored, so that
+    "#### $1,234.00" equals "#### 1234"."""
+    _, marker, tail = text.rpartition("####")
+    match = NUMBER.match(tail) if marker else None
+    return Decimal(match[1].replace("$", "").replace(",", "")) if match else None
+
+
+def is_correct(generated: str, answer: str) -> bool:
+    """Strict accuracy: both final numbers exist and are equal as numbers."""
+    number = final_number(generated)
+    return number is not None and number == final_number(answer)

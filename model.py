@@ -1,0 +1,217 @@
+"""The masked diffusion model (MDM): one bidirectional transformer, two heads.
+
+A state z is an answer x0 with some of its positions replaced by MASK, next to a prompt c that is
+never masked. One forward pass gives, for every answer position,
+
+    token head   p(x^i | z)          which token belongs here             Eq. 2
+    gate head    alpha^i(z)          should this position be revealed now?  Eq. 1
+
+The state is its own clock: the number of masks says how far generation has come, so no time is fed
+to the network. MASK (id V) can be read but not written: the token head has only V outputs.
+
+Stage 1 trains the token head with the usual masked-diffusion bound. Masking each position with
+probability t, t ~ U(0, 1),
+
+    log p(x0 | c)  >=  E_t E_z  (1/t) sum_{i masked} log p(x0^i | z)          (MDLM, LLaDA)
+
+which is the bound for generating in a uniformly random order. posterior.py replaces the random
+order by a learned one.
+
+Positions enter twice: rotary embedding tells attention how far apart two tokens are, a learned
+embedding tells each token its place, because what belongs at place 20 of a canvas often depends on
+the prompt at a fixed place. With rotary alone the toy takes about three times as many steps.
+
+Axes: B batch, P prompt, L answer canvas, S = P + L, V vocabulary without MASK, D width, H heads.
+Simplified against common practice: no dropout, no weight tying, no bias.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import UserError
+
+SCHEMA = 1  # of checkpoint files
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int        # V: all tokens that can be written. EOS = V-2, PAD = V-1; MASK = V
+    prompt_len: int = 32   # longest prompt
+    answer_len: int = 60   # L, the canvas
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 128      # D
+
+    @property
+    def eos(self): return self.vocab_size - 2
+
+    @property
+    def pad(self): return self.vocab_size - 1
+
+    @property
+    def mask(self): return self.vocab_size
+
+
+def rotary_table(length: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (length, head_dim / 2) of rotary position embedding (Su et al., 2104.09864)."""
+    frequency = 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angle = torch.arange(length)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of channels by an angle that grows with position. x (B, H, S, D/H)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; every position sees every other."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.n_embd
+        self.n_head = config.n_head
+        self.norm1, self.norm2 = nn.RMSNorm(D), nn.RMSNorm(D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.proj = nn.Linear(D, D, bias=False)
+        self.up = nn.Linear(D, 4 * D, bias=False)
+        self.down = nn.Linear(4 * D, D, bias=False)
+
+    def forward(self, x, cos, sin, attend):
+        B, S, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, S, D/H)
+        q, k = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin), rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)  # no causal mask
+        x = x + self.proj(y.transpose(1, 2).reshape(B, S, D))
+        return x + self.down(F.relu(self.up(self.norm2(x))).square())
+
+
+class Trunk(nn.Module):
+    """Embedding and blocks, shared in kind by the denoiser and the order posterior."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # + MASK
+        self.place = nn.Embedding(config.prompt_len + config.answer_len, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd)
+        cos, sin = rotary_table(config.prompt_len + config.answer_len, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        nn.init.normal_(self.embed.weight, std=0.5)
+        nn.init.normal_(self.place.weight, std=0.5)
+        for block in self.blocks:  # every block starts as the identity
+            nn.init.zeros_(block.proj.weight)
+            nn.init.zeros_(block.down.weight)
+
+    def forward(self, prompt, answer):
+        """prompt (B, P'), answer (B, L) token ids -> hidden states of the answer (B, L, D).
+        The prompt starts at place 0, the answer at place prompt_len, and padding is not attended to,
+        so trimming the padding that a batch's prompts share (P' < prompt_len) changes nothing."""
+        P, L = prompt.shape[1], answer.shape[1]
+        tokens = torch.cat([prompt, answer], dim=1)                      # (B, S)
+        attend = torch.cat([prompt != self.config.pad, torch.ones_like(answer, dtype=torch.bool)], dim=1)
+        place = torch.arange(self.config.prompt_len + L, device=tokens.device)
+        place = torch.cat([place[:P], place[self.config.prompt_len :]])  # (S,)
+        x = self.embed(tokens) + self.place(place)                       # (B, S, D)
+        for block in self.blocks:
+            x = block(x, self.cos[place], self.sin[place], attend[:, None, None, :])
+        return self.norm(x[:, -L:])
+
+
+class MDM(nn.Module):
+    """The denoiser p_theta: trunk, token head (Eq. 2), gate head (Eq. 1)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.gate_head = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.token_head.weight)
+        nn.init.zeros_(self.gate_head.weight)
+        nn.init.constant_(self.gate_head.bias, -1.0)  # few gates open before anything is learned
+
+    def forward(self, prompt, z):
+        """prompt (B, P'), z (B, L) -> hidden states (B, L, D), for the two heads below. Kept apart so
+        that logits are computed only where they are needed."""
+        return self.trunk(prompt, z)
+
+    def log_p(self, h):
+        """log p(x | z) over the V tokens, float32: (..., D) -> (..., V)."""
+        return self.token_head(h).float().log_softmax(-1)
+
+    def gate_logits(self, h):
+        """logit of alpha, float32: (..., D) -> (...). Soft-capped at +-15 so that every log stays finite."""
+        return 15 * torch.tanh(self.gate_head(h).squeeze(-1).float() / 15)
+
+
+def log_p_of(model, h, x0, masked):
+    """log p(x0^i | z) at the masked positions, 0 elsewhere: (..., L). Logits only where needed."""
+    picked = model.log_p(h[masked]).gather(-1, x0[masked][:, None]).squeeze(-1)
+    return picked.new_zeros(masked.shape).masked_scatter(masked, picked)
+
+
+def trim(prompt, pad: int):
+    """Drop the padding that all prompts of a batch share: (B, P) -> (B, P')."""
+    return prompt[:, : int((prompt != pad).sum(-1).amax())]
+
+
+def denoiser_elbo(model: MDM, prompt, x0, generator=None, eps: float = 1e-3):
+    """Stage 1's bound on log p(x0 | c), one masking level per row: (B,), in nats per answer.
+    Levels are stratified over the batch: row b draws from the b-th slice of (eps, 1)."""
+    B, L = x0.shape
+    u = (torch.arange(B, device=x0.device) + torch.rand(B, device=x0.device, generator=generator)) / B
+    t = (eps + (1 - eps) * u)[:, None]                                               # (B, 1)
+    masked = torch.rand(B, L, device=x0.device, generator=generator) < t
+    h = model(prompt, x0.masked_fill(masked, model.config.mask))
+    return (log_p_of(model, h, x0, masked) / t).sum(-1)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" takes CUDA, then MPS, then CPU. Raises UserError when the named device is absent."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in present if present[device])
+    if not present[name]:
+        raise UserError(f"--device {name}: not available here, use --device cpu")
+    return torch.device(name)
+
+
+# --- checkpoints: one self-describing file of plain types ----------------------------------------
+
+def save_checkpoint(path: str | Path, model: MDM, pieces: list[str], **extra):
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    state = {"schema": SCHEMA, "model_config": asdict(model.config), "model": model.state_dict(), "pieces": pieces, **extra}
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"cannot write {path}: {e}") from e
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> tuple[MDM, dict]:
+    """Model in eval mode and the file's dict. Raises UserError for a missing or foreign file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} not found: run `python train.py` first, or pass the path of a checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["schema"] != SCHEMA:
+            raise UserError(f"{path} has schema {state['schema']}, this code reads {SCHEMA}: train again")
+        model = MDM(ModelConfig(**state["model_config"])).to(device)
+        model.load_state_dict(state["model"])
+    except UserError:
+        raise
+    except Exception as e:  # unpickling a foreign file raises almost anything
+        raise UserError(f"{path} is not a checkpoint of this project ({type(e).__name__})") from e
+    return model.eval(), state

@@ -1,0 +1,175 @@
+"""The order posterior and the variational objective: how a model learns in which order to write.
+
+The denoiser of model.py can fill any set of positions in parallel, but it fills them independently,
+so positions that depend on each other should not be revealed in the same step. Which ones may go
+together is latent: we see answers, never the order in which they should be written. So the order is
+inferred, as in a variational autoencoder: a posterior q reads the finished answer and proposes
+orders; the model p learns to write the answer along them and to propose such orders by itself.
+
+NOTATION
+  B batch, K orders per example, T step budget, L answer length, V vocabulary
+  x0       the answer (EOS and PAD included), c its prompt
+  z_t      the state before step t: x0 with the positions not yet revealed set to MASK; z_1 is all MASK
+  M        the masked positions of z_t
+  r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
+  alpha^i  p's probability of opening gate i (never a noise schedule, as in some papers)
+  q_t^i    q's probability of opening gate i
+
+  Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i) / (1 - prod_{i in M} (1 - alpha^i)),  r_t != 0;  r_T = 1
+  Eq. 2  tokens      p(x^i | z_t) for every position revealed at t, independently; MASK has probability 0
+  Eq. 3  posterior   q_t^i = exp((s^i - max_{j in M} s^j) / tau);  q_T^i = 1
+  Eq. 4  bound       log p(x0 | c) >= E_q sum_t L_t(z_t)
+  Eq. 5  step term   L_t = sum_{i in M} q_t^i log p(x0^i | z_t) - KL_t
+  Eq. 6  step KL     KL_t = sum_{i in M} KL(Bern(q_t^i) || Bern(alpha^i)) + log(1 - prod_{i in M} (1 - alpha^i));  KL_T = 0
+  Eq. 7  score term  (L_t^k - mean_{k' != k} L_t^k') sum_{u<t} log q(r_u^k | z_u^k), the bracket held constant
+END NOTATION
+
+Why Eq. 3 works. The best remaining position has q = 1, so every step reveals at least one token and
+no step is wasted. Score gaps that are large against tau make an order, small gaps make parallelism. The scores
+come from one look at x0, so whole orders are sampled without calling a network again.
+
+Why Eq. 5 is what it is. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t.
+It is linear in each r_t^i (q's gates are independent), so its expectation over r_t has a closed form:
+replace r_t^i by q_t^i. This is Rao-Blackwellisation: the noise of the gates at step t is gone from
+L_t, and only the noise in *which states are visited* is left. The second term of Eq. 6 is negative:
+q puts no mass on "no gate opens", so p is not charged for ruling it out.
+
+Why Eq. 7 is needed. q_t^i inside L_t gives one part of the gradient for q by plain autograd. The
+other part: moving q also moves the states z_t that later steps see. L_t depends on the gates of the
+steps before t only, hence sum_{u<t}. The mean over the *other* orders of the same example is a
+baseline (leave-one-out, RLOO): independent of order k, so it costs no bias, and it removes what the
+orders of an example have in common, tens of nats early in training.
+
+Cost. Summing over t needs T forward passes per order. Instead one step t is drawn per example,
+shared by its K orders so that the baseline compares like with like, and T * L_t estimates the sum.
+
+The numbering is ours: see the README on what of the paper was available to us.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import MDM, ModelConfig, Trunk, log_p_of
+
+
+class OrderPosterior(nn.Module):
+    """s_phi: reads the clean answer and scores every position; a higher score is revealed earlier."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.trunk = Trunk(config)
+        self.score_head = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.normal_(self.score_head.weight, std=0.01)  # nearly equal scores: nothing decided yet
+
+    def forward(self, prompt, x0):
+        """prompt (B, P'), x0 (B, L) -> scores s (B, L), float32."""
+        return self.score_head(self.trunk(prompt, x0)).squeeze(-1).float()
+
+
+# --- Eq. 3: gates from scores ---------------------------------------------------------------------
+
+def log_gate_probs(s, masked, last, tau: float):
+    """Eq. 3: log q_t^i (..., L). Where there is nothing to decide (position already revealed, or
+    the last step) it is 0, that is q = 1. `masked` (..., L) bool, `last` bool broadcastable to it."""
+    top = s.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)         # max over M
+    return ((s - top) / tau).masked_fill(~masked | last, 0.0)
+
+
+def log_complement(log_q):
+    """log(1 - q) from log q; 0 in place of -inf where q = 1, where it only ever meets a factor 0.
+    Substituting before the log keeps the gradient finite too (0 * inf would be nan)."""
+    certain = log_q == 0
+    return torch.log(-torch.expm1(log_q.masked_fill(certain, -1.0))).masked_fill(certain, 0.0)
+
+
+@torch.no_grad()
+def sample_orders(s, K: int, T: int, tau: float, generator=None):
+    """K orders per example from Eq. 3: s (B, L) -> reveal_step (B, K, L), the step in 1..T that
+    reveals each position. It holds the whole path: masked at t = (reveal_step >= t), r_t = (== t)."""
+    s = s[:, None].expand(-1, K, -1)                                        # (B, K, L)
+    reveal_step = torch.full(s.shape, T, device=s.device)
+    for t in range(1, T):  # what is left after step T-1 is revealed at T
+        masked = reveal_step >= t
+        q = log_gate_probs(s, masked, False, tau).exp()
+        opens = torch.rand(s.shape, device=s.device, dtype=s.dtype, generator=generator) < q
+        reveal_step[masked & opens] = t
+    return reveal_step
+
+
+def log_q_before(s, reveal_step, t, T: int, tau: float):
+    """log q(r_1 .. r_{t-1}), the part of the path that led to z_t: (B, K).
+    s (B, L), reveal_step (B, K, L), t (B,) in 1..T."""
+    total = torch.zeros(reveal_step.shape[:2], device=s.device, dtype=s.dtype)
+    for u in range(1, T):
+        masked, opens = reveal_step >= u, reveal_step == u                  # (B, K, L)
+        log_q = log_gate_probs(s[:, None], masked, False, tau)
+        log_q_r = torch.where(opens, log_q, log_complement(log_q)).sum(-1)  # log q(r_u | z_u)
+        total = total + log_q_r * (u < t)[:, None]
+    return total
+
+
+# --- Eq. 5, 6: one step's term of the bound --------------------------------------------------------
+
+def step_terms(log_p, gate_logits, log_q, masked, last):
+    """Eq. 5 and 6 at one state, in nats: reconstruction and KL, each (...). All inputs (..., L):
+    log_p = log p(x0^i | z), gate_logits of alpha, log_q from Eq. 3, masked; `last` (..., 1) bool."""
+    q = log_q.exp() * masked
+    not_q = -torch.expm1(log_q) * masked                                    # 1 - q
+    log_alpha, log_not_alpha = F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)
+    reconstruction = (q * log_p).sum(-1)                                    # Eq. 5: sum_i q^i log p(x0^i | z)
+    kl = q * (log_q - log_alpha) + not_q * (log_complement(log_q) - log_not_alpha)
+    # Eq. 6, second term: p knows that at least one gate opens.
+    log_none = (log_not_alpha * masked).sum(-1)                             # log prod (1 - alpha)
+    undecided = masked.any(-1) & ~last.squeeze(-1)
+    log_some = torch.log(-torch.expm1(log_none.masked_fill(~undecided, -1.0)))
+    kl = torch.where(undecided, kl.sum(-1) + log_some, 0.0)                 # KL_T = 0, and nothing to pay when done
+    return reconstruction, kl
+
+
+def leave_one_out(value):
+    """value^k - mean_{k' != k} value^k' over the orders of one example: (B, K) -> (B, K)."""
+    K = value.shape[1]
+    return (value - value.mean(1, keepdim=True)) * K / (K - 1)
+
+
+def order_objective(model: MDM, posterior: OrderPosterior, prompt, x0, *, T: int, K: int, tau: float,
+                    kl_weight: float = 1.0, generator=None):
+    """Eq. 4 estimated at one random step per example, with the gradient of Eq. 7: draws K orders and
+    a step, then calls objective_at. prompt (B, P'), x0 (B, L). Returns what objective_at returns."""
+    B = len(x0)
+    s = posterior(prompt, x0)                                               # (B, L)
+    reveal_step = sample_orders(s, K, T, tau, generator)                    # (B, K, L)
+    # Stratified: any T examples in a row see each step once, and each alone sees a uniform one.
+    first = torch.randint(T, (1,), device=x0.device, generator=generator)
+    t = (torch.arange(B, device=x0.device) + first) % T + 1                 # (B,)
+    return objective_at(model, s, prompt, x0, reveal_step, t, T=T, tau=tau, kl_weight=kl_weight)
+
+
+def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: float, kl_weight: float = 1.0):
+    """Eq. 5-7 at the states that step t (B,) of the orders reveal_step (B, K, L) starts from.
+
+    Returns the objective to maximise (scalar) and a dict of detached tensors: `elbo`, `recon`, `kl`
+    in nats per answer (kl_weight not applied), `q_entropy` of the gates in nats per step, `q_steps`
+    used by the orders, `reveal_step`."""
+    K = reveal_step.shape[1]
+    last = (t == T)[:, None, None]                                          # (B, 1, 1)
+    masked = reveal_step >= t[:, None, None]                                # (B, K, L)
+    x0_k = x0[:, None].expand(-1, K, -1)
+    z = x0_k.masked_fill(masked, model.config.mask)                         # z_t of every order
+
+    h = model(prompt.repeat_interleave(K, 0), z.flatten(0, 1)).unflatten(0, (-1, K))       # (B, K, L, D)
+    log_q = log_gate_probs(s[:, None], masked, last, tau)
+    recon, kl = step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last)
+    step_elbo = recon - kl_weight * kl                                      # Eq. 5: (B, K)
+
+    # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is a
+    # constant in it: what L_t itself contributes to the gradient already stands in step_elbo.
+    advantage = leave_one_out(step_elbo.detach())
+    surrogate = advantage * log_q_before(s, reveal_step, t, T, tau)
+    objective = T * (step_elbo + surrogate).mean()                          # T: one step stands for all T
+
+    q_entropy = -(log_q.exp() * log_q - torch.expm1(log_q) * log_complement(log_q)).sum(-1)
+    logs = {"elbo": T * (recon - kl).mean(), "recon": T * recon.mean(), "kl": T * kl.mean(), "q_entropy": q_entropy.mean(),
+            "q_steps": reveal_step.amax(-1).float().mean(), "reveal_step": reveal_step}
+    return objective, {name: value.detach() for name, value in logs.items()}

@@ -1,0 +1,109 @@
+"""model.py: no leakage, masks and padding, the stage-1 bound against an exact sum, checkpoints."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from data import UserError
+from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, save_checkpoint, trim
+from tables import TableModel
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = MDM(ModelConfig(**{"vocab_size": 11, "prompt_len": 6, "answer_len": 5, "n_layer": 2, "n_head": 2, "n_embd": 16, **changes}))
+    for p in model.parameters():  # heads and output projections start at 0, which would hide everything
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_what_is_under_a_mask_does_not_leak():
+    model, prompt = small_model(), torch.tensor([[1, 2, 3]])
+    x0, masked = torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[True, False, True, False, True]])
+    other = torch.where(masked, (x0 + 1) % 9, x0)
+    a, b = (model(prompt, x.masked_fill(masked, model.config.mask)) for x in (x0, other))
+    assert torch.equal(a, b)
+
+
+def test_attention_is_bidirectional():
+    model, prompt = small_model(), torch.tensor([[1, 2, 3]])
+    a, b = model(prompt, torch.tensor([[11, 5, 6, 7, 8]])), model(prompt, torch.tensor([[11, 5, 6, 7, 9]]))
+    assert (a[0, 0] - b[0, 0]).abs().max() > 1e-4  # the first position sees the last
+
+
+def test_mask_cannot_be_written():
+    model = small_model()
+    log_p = model.log_p(model(torch.tensor([[1]]), torch.full((1, 5), model.config.mask)))
+    assert log_p.shape[-1] == model.config.mask  # tokens 0..V-1; MASK is V
+    assert torch.allclose(log_p.exp().sum(-1), torch.ones(1, 5))
+
+
+def test_padding_the_prompt_changes_nothing():
+    model, z = small_model(), torch.tensor([[11, 5, 11, 7, 8]])
+    padded = torch.tensor([[1, 2, 3, 10, 10, 10]])
+    assert torch.equal(trim(padded, model.config.pad), torch.tensor([[1, 2, 3]]))
+    assert torch.allclose(model(padded, z), model(trim(padded, model.config.pad), z), atol=1e-5)
+
+
+def test_trim_keeps_the_longest_prompt():
+    prompts = torch.tensor([[1, 9, 9, 9], [2, 3, 9, 9]])
+    assert torch.equal(trim(prompts, 9), torch.tensor([[1, 9], [2, 3]]))
+
+
+def test_gates_start_mostly_closed_and_stay_finite():
+    model = MDM(ModelConfig(11, 6, 5, 1, 2, 16))
+    h = model(torch.tensor([[1]]), torch.full((1, 5), 11))
+    assert torch.allclose(model.gate_logits(h), torch.full((1, 5), -1.0), atol=0.01)
+    assert model.gate_logits(1e9 * torch.ones(1, 5, 16)).abs().max() <= 15
+
+
+def test_denoiser_elbo_matches_the_exact_sum():
+    """E over masking of (1/t) sum log p = sum over masked sets of size m of 1 / (m C(L, m)) sum log p."""
+    L, x0 = 3, torch.tensor([[1, 0, 1]])
+    model, exact = TableModel(L), 0.0
+    for bits in itertools.product([False, True], repeat=L):
+        masked = torch.tensor([bits])
+        if m := sum(bits):
+            log_p = model.log_p(model(None, x0.masked_fill(masked, 2))).gather(-1, x0[..., None]).squeeze(-1)
+            exact += (log_p * masked).sum() / (m * math.comb(L, m))
+    n = 200_000
+    with torch.no_grad():
+        draws = denoiser_elbo(model, torch.zeros(n, 0, dtype=torch.long), x0.expand(n, -1), torch.Generator().manual_seed(0))
+    assert abs(draws.mean() - exact) < 4 * draws.std() / n ** 0.5
+    assert draws.std() / n ** 0.5 < 0.02 * abs(exact)
+
+
+def test_a_model_overfits_one_batch():
+    torch.manual_seed(0)
+    model = MDM(ModelConfig(11, 6, 5, 2, 2, 32))
+    prompt, x0 = torch.randint(9, (4, 3)), torch.randint(9, (4, 5))
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    losses = []
+    for _ in range(400):
+        loss = -denoiser_elbo(model, prompt, x0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-50:]) / 50 < 0.1 * losses[0]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = small_model()
+    save_checkpoint(tmp_path / "a" / "m.pt", model, ["ab", "é"], step=3, train_config={"tau": 0.1})
+    loaded, state = load_checkpoint(tmp_path / "a" / "m.pt")
+    assert state["pieces"] == ["ab", "é"] and state["step"] == 3 and loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["m.pt"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
+def test_foreign_files_are_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="not found: run"):
+        load_checkpoint(tmp_path / "absent.pt")

@@ -1,0 +1,356 @@
+"""Train everything: denoiser, generation order, control; then one table.
+
+    python train.py                                        the toy task, minutes on 2 CPU cores
+    python train.py --preset gsm8k --data_dir DIR          GSM8K's train.jsonl and test.jsonl
+    python train.py --resume                               go on where a stopped run was saved
+
+Three stages, one loop:
+    denoiser  stage 1: the masked-diffusion bound, positions revealed in a uniformly random order
+    order     stage 2: from those weights, the learned order, Eq. 4-7 of posterior.py
+    control   what a comparison needs: from the same stage-1 weights, stage 1's loss on as many more
+              network states as the order stage saw
+Written to --out_dir: denoiser.pt, ckpt.pt (after the order stage), control.pt, resume.pt, log.jsonl.
+
+Every random draw is seeded by (seed, stage, step), never by what was drawn before. So resuming needs
+no generator state, and evaluating or logging more often changes nothing.
+
+The log, and what healthy looks like (all but the last four are nats per answer):
+    val            bound on log p(x0 | c), validation items: rises, flattens; the order stage begins
+                   far below where stage 1 ended and should overtake it (an order is worth nats)
+    elbo, recon, kl   the training batch's bound = recon - kl. kl falls from tens to about 1: p has
+                   learned to predict q's order. kl near 0 at once, with q_steps near 1, is collapse
+    q_entropy      of q's gates, nats per step; slowly falls
+    q_steps        steps used under q, at most T. Falling to 1: collapse; remedies in order are a smaller
+                   --tau, a longer --kl_ramp
+    p_steps        steps used by the sampler on validation items; approaches q_steps
+    eos_share      share of EOS and PAD among the positions that q reveals at steps 1..T (log.jsonl)
+    grad           gradient norm before clipping to 1; ktok/s: thousand tokens of network input a second
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import TOY_SIZES, Split, UserError, build_tokenizer, cli, encode_split, frequent_pieces, load_splits
+from eval_gsm8k import HEADER, evaluate, format_row
+from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
+from posterior import OrderPosterior, order_objective
+from sample import generate
+
+STAGES = ("denoiser", "order", "control")
+
+
+def arg(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = arg("toy", "constants to start from: toy, gsm8k, gsm8k_aug")
+    dataset: str = arg("toy", "toy, gsm8k or gsm8k-aug")
+    data_dir: str = arg("", "folder with train.jsonl and test.jsonl; empty: the hub")
+    target: str = arg("equations", "what to generate: equations or full")
+    out_dir: str = arg("out", "where checkpoints and the log go")
+    device: str = arg("auto", "auto, cpu, cuda or mps")
+    dtype: str = arg("auto", "float32 or bfloat16 (autocast); auto: bfloat16 on CUDA")
+    seed: int = arg(0, "of weights, data order and every draw")
+    resume: bool = arg(False, "continue from out_dir/resume.pt")
+    # model
+    prompt_len: int = arg(30, "longest prompt, tokens")
+    answer_len: int = arg(52, "L, the answer canvas, tokens")
+    n_layer: int = arg(2, "blocks of the denoiser")
+    n_head: int = arg(4, "attention heads")
+    n_embd: int = arg(128, "width")
+    n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
+    train_items: int = arg(50_000, "size of the toy's training pool")
+    # stage 1
+    max_steps_denoiser: int = arg(3000, "optimizer steps of stage 1")
+    batch_size: int = arg(32, "examples per step of stage 1")
+    lr_matrix: float = arg(0.02, "Muon, for the matrices of the blocks")
+    lr_other: float = arg(3e-3, "AdamW, for everything else")
+    # stage 2 and control
+    max_steps_order: int = arg(1000, "optimizer steps of the order stage, and of the control")
+    batch_size_order: int = arg(16, "examples per step of the order stage")
+    K: int = arg(4, "orders per example; the control's batch is batch_size_order * K")
+    T: int = arg(4, "step budget that the order is learned for")
+    tau: float = arg(0.1, "temperature of Eq. 3")
+    kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
+    lr_scale_order: float = arg(0.5, "denoiser's learning rates after stage 1, over stage 1's")
+    n_layer_posterior: int = arg(2, "blocks of the posterior network")
+    freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
+    # both
+    cooldown: float = arg(0.6, "last share of a stage, in which the learning rates fall to 0")
+    log_every: int = arg(100, "steps between log lines")
+    eval_every: int = arg(500, "steps between validation bounds")
+    save_every: int = arg(500, "steps between resume points")
+    eval_items: int = arg(256, "validation items for bounds and for the final table")
+
+    def __post_init__(self):
+        choices = {"preset": PRESETS, "dataset": ("toy", "gsm8k", "gsm8k-aug"), "target": ("equations", "full"),
+                   "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda", "mps")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
+        minimum = dict.fromkeys(("prompt_len", "answer_len", "n_layer", "n_head", "n_embd", "train_items", "batch_size", "T",
+                                 "batch_size_order", "n_layer_posterior", "log_every", "eval_every", "save_every", "eval_items"), 1)
+        for name, least in {**minimum, "K": 2, "max_steps_denoiser": 0, "max_steps_order": 0, "n_pieces": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "cooldown"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f"--n_embd {self.n_embd} must be a multiple of 2 * --n_head ({2 * self.n_head})")
+
+
+PRESETS = {
+    "toy": {},
+    "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=4, n_embd=256, batch_size=32,
+                  max_steps_denoiser=3000, max_steps_order=1000, batch_size_order=8, lr_matrix=0.01, lr_other=2e-3),
+    # The paper's recipe. Its optimizer settings are unknown to us.
+    "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
+                      max_steps_denoiser=45_000, max_steps_order=15_000, batch_size_order=32, K=8, T=5, lr_matrix=0.005,
+                      lr_other=5e-4, n_layer_posterior=4, eval_every=2500, save_every=1000),
+}
+
+
+def parse_config(argv=None) -> Config:
+    """Every field of Config is a flag. Where none is given the preset's constant stands, or, with
+    --resume, what the stopped run was started with."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} ({f.default})", **kind)
+    given = vars(parser.parse_args(argv))
+    base = PRESETS.get(given.get("preset", "toy"), {})
+    if given.get("resume"):
+        base = load_checkpoint(Path(given.get("out_dir", "out")) / "resume.pt")[1]["train_config"]
+        free = {"resume", "out_dir", "data_dir", "device", "log_every", "eval_every", "save_every"}
+        changed = [name for name in given if name not in free and given[name] != base[name]]
+        if changed:
+            raise UserError(f"--resume continues the same run: leave out --{', --'.join(changed)}, or start anew without --resume")
+    return Config(**{**base, **given})
+
+
+# --- data order, optimizers --------------------------------------------------------------------------
+
+def seed_of(*parts) -> int:
+    return zlib.crc32("-".join(map(str, parts)).encode())
+
+
+def batch_at(split, step: int, size: int, seed: int, stage: str, pad: int, device):
+    """The batch of this step: a fresh permutation each epoch, found from the step number alone."""
+    per_epoch = max(len(split.x0) // size, 1)
+    epoch, i = divmod(step, per_epoch)
+    order = torch.randperm(len(split.x0), generator=torch.Generator().manual_seed(seed_of(seed, stage, "epoch", epoch)))
+    rows = order[i * size : (i + 1) * size]
+    return trim(split.prompt[rows], pad).to(device), split.x0[rows].to(device)
+
+
+def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for the matrices of the blocks, AdamW for the rest."""
+    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if "blocks." in name and p.ndim == 2]
+    others = [p for name, p in named if not ("blocks." in name and p.ndim == 2)]
+    optimizers = [torch.optim.AdamW(others, lr=config.lr_other * scale, betas=(0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0.0))
+    return optimizers
+
+
+def lr_factor(step: int, steps: int, cooldown: float) -> float:
+    """20 steps of warm-up, constant, then linear to 0 over the last share `cooldown` of the stage."""
+    return min(1.0, (step + 1) / 20, (1 - step / steps) / cooldown)
+
+
+# --- the run -------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What the three stages share."""
+    config: Config
+    device: torch.device
+    items: dict      # lists of {"question", "answer"}
+    pieces: list     # of the tokenizer
+    train: Split
+    val: Split
+    stop: bool = False  # set by Ctrl-C: finish the step, save, leave
+
+    @property
+    def autocast(self) -> bool:
+        return self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and self.device.type == "cuda")
+
+    def path(self, name: str) -> Path:
+        return Path(self.config.out_dir) / name
+
+    def log(self, record: dict):
+        """One JSON line to log.jsonl, one line of columns to the screen."""
+        with open(self.path("log.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
+        columns = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)]
+        tqdm.write(f"{record['stage']:<9}{record['step']:>7}  " + "  ".join(columns))
+
+
+def prepare(config: Config) -> Run:
+    items = load_splits(config.dataset, config.data_dir or None, config.seed, TOY_SIZES | {"train": config.train_items})
+    pieces = frequent_pieces(items["train"], config.target, config.n_pieces)
+    enc = build_tokenizer(pieces)
+    splits = {name: encode_split(items[name], enc, config.prompt_len, config.answer_len, config.target) for name in items}
+    for name, split in splits.items():
+        print(f"{name}: {len(split.fits)} items, {split.fits.count(False)} longer than prompt_len {config.prompt_len} or answer_len {config.answer_len}")
+        if not any(split.fits):
+            raise UserError(f"no item of {name} fits: raise --prompt_len and --answer_len")
+    return Run(config, pick_device(config.device), items, pieces, splits["train"], splits["val"])
+
+
+def readable(logs: dict, x0, eos: int) -> dict:
+    """Logged tensors as numbers. The orders become the share of EOS and PAD among the positions that
+    q reveals at each step it uses."""
+    record = {name: value.item() for name, value in logs.items() if value.ndim == 0}
+    if "reveal_step" in logs:
+        steps, filler = logs["reveal_step"], (x0 >= eos)[:, None].expand_as(logs["reveal_step"])
+        record["eos_share"] = [round(filler[steps == t].float().mean().item(), 3) for t in range(1, int(steps.max()) + 1)]
+    return record
+
+
+def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress: float, generator):
+    """What a stage maximises, and its logs: a bound on log p(x0 | c), plus Eq. 7 in the order stage."""
+    config = run.config
+    if stage != "order":
+        elbo = denoiser_elbo(model, prompt, x0, generator).mean()
+        return elbo, {"elbo": elbo.detach()}
+    kl_weight = min(1.0, 0.1 + 0.9 * progress / config.kl_ramp) if config.kl_ramp > 0 else 1.0
+    objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=config.tau,
+                                      kl_weight=kl_weight, generator=generator)
+    return objective, logs
+
+
+@torch.no_grad()
+def validate(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None) -> dict:
+    """The stage's bound on the same validation items with the same draws each time."""
+    n, bound = min(run.config.eval_items, len(run.val.x0)), 0.0
+    for i in range(0, n, 64):
+        generator = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "validate", i))
+        prompt, x0 = run.val.prompt[i : min(i + 64, n)].to(run.device), run.val.x0[i : min(i + 64, n)].to(run.device)
+        _, logs = stage_objective(stage, run, model, posterior, trim(prompt, model.config.pad), x0, 1.0, generator)
+        bound += logs["elbo"].item() * len(x0) / n
+    if stage != "order":
+        return {"val": bound}
+    steps = generate(model, run.val.prompt[: min(64, n)].to(run.device), run.config.T).steps
+    return {"val": bound, "p_steps": steps.float().mean().item()}
+
+
+def build_stage(stage: str, run: Run) -> tuple[MDM, OrderPosterior | None, list[torch.optim.Optimizer]]:
+    """The networks that a stage trains, as they are before its first step, and their optimizers."""
+    config, V = run.config, 256 + len(run.pieces) + 2
+    torch.manual_seed(seed_of(config.seed, stage, "weights"))
+    if stage == "denoiser":
+        model = MDM(ModelConfig(V, config.prompt_len, config.answer_len, config.n_layer, config.n_head, config.n_embd))
+        model.to(run.device)
+        return model, None, make_optimizers([model], config)
+    model, _ = load_checkpoint(run.path("denoiser.pt"), run.device)
+    if stage == "control":
+        return model, None, make_optimizers([model], config, config.lr_scale_order)
+    posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
+    for name, p in model.named_parameters():
+        p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
+    return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config)
+
+
+def train_stage(stage: str, run: Run, resume: dict | None):
+    """Train one stage to its end, from its start or from a resume point, and write its checkpoint."""
+    config, device = run.config, run.device
+    steps = config.max_steps_denoiser if stage == "denoiser" else config.max_steps_order
+    batch_size = {"denoiser": config.batch_size, "order": config.batch_size_order, "control": config.batch_size_order * config.K}[stage]
+    model, posterior, optimizers = build_stage(stage, run)
+    modules = [model, posterior] if posterior else [model]
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    if resume:
+        for part, state in zip(modules + optimizers, [resume["model"], *resume["posterior"], *resume["optimizers"]]):
+            part.load_state_dict(state)
+
+    def save(name: str, step: int, with_optimizers: bool = False):
+        save_checkpoint(run.path(name), model, run.pieces, train_config=asdict(config), stage=stage, step=step,
+                        posterior=[posterior.state_dict()] if posterior else [],
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers] if with_optimizers else [])
+
+    start, tokens, since = resume["step"] if resume else 0, 0, time.perf_counter()
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=None):
+        factor = lr_factor(step, steps, config.cooldown)
+        for optimizer, lr in zip(optimizers, base_lrs):
+            optimizer.param_groups[0]["lr"] = lr * factor
+        prompt, x0 = batch_at(run.train, step, batch_size, config.seed, stage, model.config.pad, device)
+        generator = torch.Generator(device).manual_seed(seed_of(config.seed, stage, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
+            objective, logs = stage_objective(stage, run, model, posterior, prompt, x0, step / steps, generator)
+        loss = -objective / config.answer_len  # per token: the size of a cross-entropy
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+        done, tokens = step + 1, tokens + (prompt.shape[1] + x0.shape[1]) * len(x0) * (config.K if posterior else 1)
+        if done % config.log_every == 0 or done == steps:
+            speed = {"grad": grad.item(), "lr_factor": factor, "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
+            evaluated = validate(stage, run, model, posterior) if done % config.eval_every == 0 or done == steps else {}
+            run.log({"stage": stage, "step": done, **readable(logs, x0, model.config.eos), **speed, **evaluated})
+            tokens, since = 0, time.perf_counter()
+        if done % config.save_every == 0 or done == steps or run.stop:
+            save("resume.pt", done, with_optimizers=True)
+        if run.stop:
+            print(f"stopped after step {done} of stage {stage}; go on with: python train.py --resume --out_dir {config.out_dir}")
+            sys.exit(130)
+    save({"denoiser": "denoiser.pt", "order": "ckpt.pt", "control": "control.pt"}[stage], steps)
+
+
+def summary(run: Run):
+    """Accuracy on validation items: the learned order on its checkpoint, the rules on the control."""
+    enc, items, control = build_tokenizer(run.pieces), run.items["val"][: run.config.eval_items], "control.pt"
+    print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
+    for order, name in (("learned", "ckpt.pt"), ("left_to_right", control), ("confidence", control), ("iid", control)):
+        model, _ = load_checkpoint(run.path(name), run.device)
+        for budget in (1, 2, 3, 4, 8, run.config.answer_len):
+            print(format_row({"checkpoint": name, **evaluate(model, enc, items, run.config.target, budget, order)}), flush=True)
+
+
+def before(record: dict, resume: dict) -> bool:
+    """Was this log line written before the resume point?"""
+    key = lambda r: (STAGES.index(r["stage"]), r["step"])
+    return key(record) <= key(resume)
+
+
+def main(argv=None):
+    config, start = parse_config(argv), time.perf_counter()
+    run, resume = prepare(config), None
+    if config.resume:
+        resume = load_checkpoint(run.path("resume.pt"), run.device)[1]
+    try:  # a new log, or the old one up to the resume point
+        run.path("").mkdir(parents=True, exist_ok=True)
+        lines = run.path("log.jsonl").read_text().splitlines(keepends=True) if resume else []
+        kept = [line for line in lines if before(json.loads(line), resume)]
+        run.path("log.jsonl").write_text("".join(kept))
+    except OSError as e:
+        raise UserError(f"cannot write to --out_dir {config.out_dir}: {e}") from e
+    signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True))
+    for stage in STAGES:
+        if not resume or STAGES.index(stage) >= STAGES.index(resume["stage"]):
+            train_stage(stage, run, resume if resume and resume["stage"] == stage else None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    summary(run)
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes on {run.device}; next: python sample.py --steps {config.T} --ckpt {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    cli(main)
