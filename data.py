@@ -5,12 +5,14 @@ calculator annotations `<<6+3=9>>` and ends in `#### n`. The model is trained on
 from the answer: the annotations joined by spaces and then `#### n` ("equations"), or the whole
 text ("full").
 
-    question  Max has 8 eggs, buys 1, splits 3, times 3.
-    target    <<1+8=9>> <<9/3=3>> <<3*3=9>> #### 9
+    question  Max has 8 eggs, buys 1, splits 3, sells 2. Ann has 4, times 2, sells 5, buys 1. Together?
+    target    <<1+8=9>> <<9/3=3>> <<3-2=1>> <<2*4=8>> <<8-5=3>> <<3+1=4>> <<4+1=5>> #### 5
 
 The toy is built so that the order of generation matters (its numbers are in the README):
 - each equation needs the result of the one before, and a shallow network cannot compute a long
   chain in one pass, so results have to be revealed over several steps;
+- the two people do not depend on each other, so both chains can be written at the same time, which
+  neither left to right nor a rule that looks at one position at a time knows;
 - + and * write their operands in either order with probability 1/2: each operand alone is
   uncertain, together they are tied, so revealing both in the same step is wrong half of the time;
 - answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
@@ -52,29 +54,44 @@ def cli(main):
 NAMES = ["Max", "Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Zoe"]
 THINGS = ["eggs", "pens", "cups", "figs", "nuts", "toys", "caps", "keys"]
 VERBS = {"+": "buys", "-": "sells", "*": "times", "/": "splits"}
-TOY_LINKS = (5, 8)  # shortest and longest chain of equations
+TOY_LINKS = (2, 4)  # fewest and most operations of one person
 TOY_SIZES = {"train": 50_000, "val": 1000, "test": 2000}
 
 
-def toy_example(rng: random.Random) -> dict:
-    """One chain of 5-8 operations on a running total that stays within 1..9."""
+def equation(rng: random.Random, a: int, op: str, b: int, result: int) -> str:
+    """`<<a op b=result>>`; the operands of + and * change places with probability 1/2."""
+    a, b = (b, a) if op in "+*" and rng.random() < 0.5 else (a, b)
+    return f"<<{a}{op}{b}={result}>>"
+
+
+def toy_person(rng: random.Random) -> tuple[str, list[str], int]:
+    """One person's operations on a running total that stays within 1..9: story, equations, total."""
     total = rng.randint(1, 9)
-    story, equations = f"{rng.choice(NAMES)} has {total} {rng.choice(THINGS)}", []
+    story, equations = f"{total}", []
     for _ in range(rng.randint(*TOY_LINKS)):
-        operands = {
-            "+": range(1, 10 - total),
-            "-": range(1, total),
-            "*": range(2, 9 // total + 1),
-            "/": [b for b in range(2, total + 1) if total % b == 0],
+        operands = {  # that keep the total whole and within 1..9; large ones would give the result away
+            "+": range(1, min(5, 9 - total) + 1),
+            "-": range(1, min(5, total - 1) + 1),
+            "*": range(2, min(3, 9 // total) + 1),
+            "/": [b for b in (2, 3) if total % b == 0],
         }
         op = rng.choice([op for op, choices in operands.items() if choices])
         b = rng.choice(operands[op])
         result = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
-        left, right = (b, total) if op in "+*" and rng.random() < 0.5 else (total, b)
         story += f", {VERBS[op]} {b}"
-        equations.append(f"<<{left}{op}{right}={result}>>")
+        equations.append(equation(rng, total, op, b, result))
         total = result
-    return {"question": story + ".", "answer": "\n".join(equations) + f"\n#### {total}"}
+    return story, equations, total
+
+
+def toy_example(rng: random.Random) -> dict:
+    """Two people's running totals, then their sum."""
+    (name, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+    (story, equations, total), (story2, equations2, total2) = toy_person(rng), toy_person(rng)
+    first, _, rest = story.partition(",")
+    question = f"{name} has {first} {thing},{rest}. {other} has {story2}. Together?"
+    equations += equations2 + [equation(rng, total, "+", total2, total + total2)]
+    return {"question": question, "answer": "\n".join(equations) + f"\n#### {total + total2}"}
 
 
 def toy_split(split: str, n: int, seed: int = 0) -> list[dict]:

@@ -1,7 +1,7 @@
 """Generate answers from a trained model in few steps, in the learned order or by a rule.
 
     python sample.py --steps 4
-    python sample.py --steps 4 --order confidence --prompt "Max has 8 eggs, buys 1, splits 3."
+    python sample.py --steps 4 --order confidence --prompt "Max has 8 eggs, buys 1, splits 3. Ann has 4, sells 2, times 3. Together?"
 
 Generation starts from a canvas of MASKs. Each step is one forward pass for all positions at once:
 

@@ -65,8 +65,8 @@ class Config:
     seed: int = arg(0, "of weights, data order and every draw")
     resume: bool = arg(False, "continue from out_dir/resume.pt")
     # model
-    prompt_len: int = arg(30, "longest prompt, tokens")
-    answer_len: int = arg(52, "L, the answer canvas, tokens")
+    prompt_len: int = arg(36, "longest prompt, tokens")
+    answer_len: int = arg(60, "L, the answer canvas, tokens")
     n_layer: int = arg(2, "blocks of the denoiser")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "width")
@@ -114,8 +114,9 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=4, n_embd=256, batch_size=32,
-                  max_steps_denoiser=3000, max_steps_order=1000, batch_size_order=8, lr_matrix=0.01, lr_other=2e-3),
+    "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
+                  max_steps_denoiser=1500, max_steps_order=400, batch_size_order=4, lr_matrix=0.01, lr_other=2e-3,
+                  log_every=50, eval_every=250, save_every=250),
     # The paper's recipe. Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
                       max_steps_denoiser=45_000, max_steps_order=15_000, batch_size_order=32, K=8, T=5, lr_matrix=0.005,

@@ -12,23 +12,28 @@ from data import (TOY_SIZES, UserError, build_tokenizer, decode, encode_prompt, 
 
 
 def test_toy_answers_are_true_and_follow_from_the_question():
-    """Every equation holds, uses the running total and the question's operand, and the last is the answer."""
+    """Every equation holds and uses a running total and the question's operand; the last adds the totals up."""
     operators, lengths, swapped = {"buys": "+", "sells": "-", "times": "*", "splits": "/"}, set(), 0
     for item in toy_split("train", 500):
-        total = int(re.search(r"has (\d)", item["question"])[1])
-        story = re.findall(r"(buys|sells|times|splits) (\d)", item["question"])
-        equations = re.findall(r"<<(\d)([-+*/])(\d)=(\d)>>", item["answer"])
-        assert len(story) == len(equations)
-        for (verb, b), (left, op, right, result) in zip(story, equations):
-            a, b = total, int(b)
-            assert op == operators[verb] and 1 <= int(result) <= 9
+        equations = re.findall(r"<<(\d)([-+*/])(\d)=(\d+)>>", item["answer"])
+        expected, totals = [], []
+        for sentence in item["question"].split(".")[:2]:
+            total = int(re.search(r"has (\d)", sentence)[1])
+            for verb, b in re.findall(r"(buys|sells|times|splits) (\d)", sentence):
+                expected.append((total, operators[verb], int(b)))
+                total = {"+": total + int(b), "-": total - int(b), "*": total * int(b), "/": total / int(b)}[operators[verb]]
+                expected[-1] += (total,)
+                assert 1 <= total <= 9
+            totals.append(total)
+        expected.append((totals[0], "+", totals[1], sum(totals)))
+        assert len(equations) == len(expected)
+        for (left, op, right, result), (a, expected_op, b, expected_result) in zip(equations, expected):
+            assert op == expected_op and int(result) == expected_result
             assert (int(left), int(right)) == (a, b) or (op in "+*" and (int(left), int(right)) == (b, a))
-            total = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[op]
-            assert total == int(result)
             swapped += (int(left), int(right)) != (a, b)
-        assert final_number(item["answer"]) == total
+        assert final_number(item["answer"]) == sum(totals)
         lengths.add(len(equations))
-    assert len(lengths) > 2 and swapped > 300
+    assert lengths == set(range(5, 10)) and swapped > 400
 
 
 def test_toy_is_seeded_and_splits_share_no_question():
@@ -142,4 +147,4 @@ def test_strict_accuracy(generated, answer, right):
 
 def test_the_question_of_an_example_names_every_operation():
     item = toy_example(random.Random(0))
-    assert item["question"].count(",") == item["answer"].count("<<")
+    assert item["question"].count(",") == item["answer"].count("<<") - 1

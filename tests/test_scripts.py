@@ -161,8 +161,8 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
 
 @pytest.mark.parametrize("main, arguments, message", [
     (sample, ["--steps", "0"], "steps must be"), (sample, ["--steps", "four"], "steps must be"), (sample, ["--steps", "-1"], "steps must be"),
-    (sample, ["--order", "best"], "unknown order 'best': choose from learned"), (sample, ["--prompt", ""], "1 to 30 tokens"),
-    (sample, ["--prompt", "   "], "1 to 30 tokens"), (sample, ["--prompt", "word " * 999], "1 to 30 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
+    (sample, ["--order", "best"], "unknown order 'best': choose from learned"), (sample, ["--prompt", ""], "1 to 36 tokens"),
+    (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 44 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
     (sample, ["--temperature", "-1"], "temperature"),
     (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
     (eval_gsm8k, ["--limit", "-1"], "limit"), (eval_gsm8k, ["--limit", "1", "--steps", "1", "--control", "", "--json", "/dev/null/x.json"], "cannot write")])
