@@ -50,7 +50,7 @@ def evaluate(model, enc, items: list[dict], target: str, budget: int, order: str
         steps += out.steps.tolist()
     correct = sum(is_correct(text, items[i]["answer"]) for text, i in zip(texts, fitting))
     return {
-        "order": order, "budget": budget, "accuracy": correct / len(items), "ci95": wilson(correct, len(items)),
+        "order": order + "+greedy" * greedy_gates, "budget": budget, "accuracy": correct / len(items), "ci95": wilson(correct, len(items)),
         "steps_mean": sum(steps) / max(len(steps), 1), "steps_min": min(steps, default=0), "steps_max": max(steps, default=0),
         "n": len(items), "does_not_fit": len(items) - len(fitting),
         "format_failures": sum(final_number(text) is None for text in texts), "seconds": time.perf_counter() - start,
@@ -72,7 +72,7 @@ def main(argv=None):
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
     parser.add_argument("--control", default="out/control.pt", help="the control's checkpoint; empty: none")
     parser.add_argument("--orders", default=",".join(ORDERS), help="comma-separated")
-    parser.add_argument("--steps", default="1,2,3,4,8,L", help="comma-separated budgets; L is one token per step")
+    parser.add_argument("--steps", default="1,2,3,4,8,L", help="comma-separated budgets; L is the canvas: one token per step for the rules with an even split")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="choose knobs on val, report test")
     parser.add_argument("--seed", type=int, default=0, help="of the gates' draws")
@@ -103,8 +103,8 @@ def main(argv=None):
     rows, print_table = [], tqdm.write
     print_table(f"{config['dataset']}, {args.split} split, {len(items)} items, seed {args.seed}, {device}\n{HEADER}")
     for path, order, budget in tqdm(runs, disable=None, leave=False):
-        row = evaluate(models[path], enc, items, config["target"], budget, order, seed=args.seed,
-                       greedy_gates=args.greedy_gates, batch_size=args.batch_size)
+        row = evaluate(models[path], enc, items, config["target"], budget, order, seed=args.seed, batch_size=args.batch_size,
+                       greedy_gates=args.greedy_gates and order == "learned")
         rows.append({"checkpoint": path, **row})
         print_table(format_row(rows[-1]))
     if rows and rows[0]["does_not_fit"]:

@@ -22,7 +22,7 @@ embedding tells each token its place, because what belongs at place 20 of a canv
 the prompt at a fixed place. With rotary alone the toy takes about three times as many steps.
 
 Axes: B batch, P prompt, L answer canvas, S = P + L, V vocabulary without MASK, D width, H heads.
-Simplified against common practice: no dropout, no weight tying, no bias.
+Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
 """
 
 import os
@@ -99,6 +99,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # + MASK
+        # DEVIATION: a learned embedding of the place beside the rotary one (see the top of this file).
         self.place = nn.Embedding(config.prompt_len + config.answer_len, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd)
@@ -137,7 +138,7 @@ class MDM(nn.Module):
         self.gate_head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.token_head.weight)
         nn.init.zeros_(self.gate_head.weight)
-        nn.init.constant_(self.gate_head.bias, -1.0)  # few gates open before anything is learned
+        nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 before anything is learned
 
     def forward(self, prompt, z):
         """prompt (B, P'), z (B, L) -> hidden states (B, L, D), for the two heads below. Kept apart so
@@ -150,7 +151,9 @@ class MDM(nn.Module):
 
     def gate_logits(self, h):
         """logit of alpha, float32: (..., D) -> (...). Soft-capped at +-15 so that every log stays finite."""
-        return 15 * torch.tanh(self.gate_head(h).squeeze(-1).float() / 15)
+        # DEVIATION: gates are soft-capped.
+        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
+        return 15 * torch.tanh(logits / 15)
 
 
 def log_p_of(model, h, x0, masked):
@@ -165,10 +168,12 @@ def trim(prompt, pad: int):
 
 
 def denoiser_elbo(model: MDM, prompt, x0, generator=None, eps: float = 1e-3):
-    """Stage 1's bound on log p(x0 | c), one masking level per row: (B,), in nats per answer.
-    Levels are stratified over the batch: row b draws from the b-th slice of (eps, 1)."""
+    """Stage 1's bound on log p(x0 | c), one masking level per row: (B,), in nats per answer. The levels
+    are stratified over the batch: each of B equal slices of (eps, 1) gives one, the slices dealt in turn
+    from a random first. eps keeps 1/t bounded; what it cuts off is about a thousandth of the bound."""
     B, L = x0.shape
-    u = (torch.arange(B, device=x0.device) + torch.rand(B, device=x0.device, generator=generator)) / B
+    first = torch.randint(B, (1,), device=x0.device, generator=generator)
+    u = ((torch.arange(B, device=x0.device) + first) % B + torch.rand(B, device=x0.device, generator=generator)) / B
     t = (eps + (1 - eps) * u)[:, None]                                               # (B, 1)
     masked = torch.rand(B, L, device=x0.device, generator=generator) < t
     h = model(prompt, x0.masked_fill(masked, model.config.mask))

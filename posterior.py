@@ -64,7 +64,8 @@ class OrderPosterior(nn.Module):
 
     def forward(self, prompt, x0):
         """prompt (B, P'), x0 (B, L) -> scores s (B, L), float32."""
-        return self.score_head(self.trunk(prompt, x0)).squeeze(-1).float()
+        h = self.trunk(prompt, x0).float()
+        return (h * self.score_head.weight).sum(-1)  # not a matmul: autocast would round it to bfloat16 and tie scores
 
 
 # --- Eq. 3: gates from scores ---------------------------------------------------------------------
@@ -77,8 +78,9 @@ def log_gate_probs(s, masked, last, tau: float):
 
 
 def log_complement(log_q):
-    """log(1 - q) from log q; 0 in place of -inf where q = 1, where it only ever meets a factor 0.
-    Substituting before the log keeps the gradient finite too (0 * inf would be nan)."""
+    """log(1 - q) from log q, with 0 in place of -inf where q = 1. There it meets a factor 0, or stands for
+    a position that is already revealed: no sampled order leaves a gate with q = 1 closed. Substituting
+    before the log keeps the gradient finite too (0 * inf would be nan)."""
     certain = log_q == 0
     return torch.log(-torch.expm1(log_q.masked_fill(certain, -1.0))).masked_fill(certain, 0.0)
 
@@ -140,7 +142,7 @@ def order_objective(model: MDM, posterior: OrderPosterior, prompt, x0, *, T: int
     B = len(x0)
     s = posterior(prompt, x0)                                               # (B, L)
     reveal_step = sample_orders(s, K, T, tau, generator)                    # (B, K, L)
-    # Stratified: any T examples in a row see each step once, and each alone sees a uniform one.
+    # DEVIATION: stratified. Any T examples in a row see each step once, and each alone sees a uniform one.
     first = torch.randint(T, (1,), device=x0.device, generator=generator)
     t = (torch.arange(B, device=x0.device) + first) % T + 1                 # (B,)
     return objective_at(model, s, prompt, x0, reveal_step, t, T=T, tau=tau, kl_weight=kl_weight)

@@ -119,7 +119,7 @@ def generate(model: MDM, prompt, steps: int, order: str = "learned", *, temperat
              greedy_gates: bool = False, seeds: list[int] | None = None) -> Generation:
     """Answers for prompts (B, P') in at most `steps` forward passes per row, on the prompts' device.
 
-    A budget above L means one token per step at most. `seeds`: one per row, 0..B-1 by default.
+    A budget above L counts as L, at which the rules with an even split reveal one token per step. `seeds`: one per row, 0..B-1 by default.
     Raises UserError for an unknown order, steps < 1 or a negative temperature."""
     if order not in ORDERS:
         raise UserError(f"unknown order {order!r}: choose from {', '.join(ORDERS)}")
@@ -163,7 +163,7 @@ def render(tokens, reveal_step, t: int, enc, color: bool) -> str:
 
 
 def parse_steps(text: str) -> int:
-    """A step budget: a whole number, or L for one token per step."""
+    """A step budget: a whole number, or L for as many steps as the canvas has positions."""
     if text.upper() == "L":
         return 10**9
     if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -174,7 +174,7 @@ def parse_steps(text: str) -> int:
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
-    parser.add_argument("--steps", default="4", help="step budget, or L for one token per step")
+    parser.add_argument("--steps", default="4", help="step budget, or L, the length of the canvas")
     parser.add_argument("--order", default="learned", help=f"one of {', '.join(ORDERS)}")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
     parser.add_argument("--num_samples", type=int, default=3, help="validation questions, or samples of --prompt")

@@ -14,7 +14,7 @@ Written to --out_dir: denoiser.pt, ckpt.pt (after the order stage), control.pt, 
 Every random draw is seeded by (seed, stage, step), never by what was drawn before. So resuming needs
 no generator state, and evaluating or logging more often changes nothing.
 
-The log, and what healthy looks like (all but the last four are nats per answer):
+The log, and what healthy looks like (bounds and kl in nats per answer):
     val            bound on log p(x0 | c), validation items: rises, flattens; the order stage begins
                    far below where stage 1 ended and should overtake it (an order is worth nats)
     elbo, recon, kl   the training batch's bound = recon - kl. kl falls from tens to about 1: p has
@@ -92,7 +92,8 @@ class Config:
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds")
     save_every: int = arg(500, "steps between resume points")
-    eval_items: int = arg(256, "validation items for bounds and for the final table")
+    eval_items: int = arg(256, "validation items for the bounds in the log")
+    table_items: int = arg(256, "validation items for the final table")
 
     def __post_init__(self):
         choices = {"preset": PRESETS, "dataset": ("toy", "gsm8k", "gsm8k-aug"), "target": ("equations", "full"),
@@ -101,7 +102,7 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
         minimum = dict.fromkeys(("prompt_len", "answer_len", "n_layer", "n_head", "n_embd", "train_items", "batch_size", "T",
-                                 "batch_size_order", "n_layer_posterior", "log_every", "eval_every", "save_every", "eval_items"), 1)
+                                 "batch_size_order", "n_layer_posterior", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
         for name, least in {**minimum, "K": 2, "max_steps_denoiser": 0, "max_steps_order": 0, "n_pieces": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -115,8 +116,8 @@ class Config:
 PRESETS = {
     "toy": {},
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
-                  max_steps_denoiser=1500, max_steps_order=400, batch_size_order=4, lr_matrix=0.01, lr_other=2e-3,
-                  log_every=50, eval_every=250, save_every=250),
+                  max_steps_denoiser=1000, max_steps_order=250, batch_size_order=4, lr_matrix=0.01, lr_other=2e-3,
+                  log_every=50, eval_every=250, save_every=100, eval_items=128, table_items=32),
     # The paper's recipe. Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
                       max_steps_denoiser=45_000, max_steps_order=15_000, batch_size_order=32, K=8, T=5, lr_matrix=0.005,
@@ -160,6 +161,7 @@ def batch_at(split, step: int, size: int, seed: int, stage: str, pad: int, devic
 def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices of the blocks, AdamW for the rest."""
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    # DEVIATION: Muon; the paper's optimizer is not known to us.
     matrices = [p for name, p in named if "blocks." in name and p.ndim == 2]
     others = [p for name, p in named if not ("blocks." in name and p.ndim == 2)]
     optimizers = [torch.optim.AdamW(others, lr=config.lr_other * scale, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -224,11 +226,13 @@ def readable(logs: dict, x0, eos: int) -> dict:
 
 
 def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress: float, generator):
-    """What a stage maximises, and its logs: a bound on log p(x0 | c), plus Eq. 7 in the order stage."""
+    """What a stage maximises, and its logs. The value is a bound on log p(x0 | c); in the order stage plus
+    the surrogate of Eq. 7, and with the KL weighted while it ramps up (the logged elbo never is)."""
     config = run.config
     if stage != "order":
         elbo = denoiser_elbo(model, prompt, x0, generator).mean()
         return elbo, {"elbo": elbo.detach()}
+    # [NEW] the KL weight grows over the first kl_ramp of the stage: q settles before p has to pay for following it.
     kl_weight = min(1.0, 0.1 + 0.9 * progress / config.kl_ramp) if config.kl_ramp > 0 else 1.0
     objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=config.tau,
                                       kl_weight=kl_weight, generator=generator)
@@ -318,12 +322,14 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 
 def summary(run: Run):
     """Accuracy on validation items: the learned order on its checkpoint, the rules on the control."""
-    enc, items, control = build_tokenizer(run.pieces), run.items["val"][: run.config.eval_items], "control.pt"
+    enc, items = build_tokenizer(run.pieces), run.items["val"][: run.config.table_items]
     print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
-    for order, name in (("learned", "ckpt.pt"), ("left_to_right", control), ("confidence", control), ("iid", control)):
+    for order, greedy in (("learned", False), ("learned", True), ("left_to_right", False), ("confidence", False), ("iid", False)):
+        name = "ckpt.pt" if order == "learned" else "control.pt"
         model, _ = load_checkpoint(run.path(name), run.device)
         for budget in (1, 2, 3, 4, 8, run.config.answer_len):
-            print(format_row({"checkpoint": name, **evaluate(model, enc, items, run.config.target, budget, order)}), flush=True)
+            row = evaluate(model, enc, items, run.config.target, budget, order, greedy_gates=greedy)
+            print(format_row({"checkpoint": name, **row}), flush=True)
 
 
 def before(record: dict, resume: dict) -> bool:

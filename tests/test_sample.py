@@ -18,7 +18,7 @@ def prompts(n):
 
 
 def chi_square(counts, probabilities, n):
-    """Statistic and a bound that it passes with probability about 1e-4 (normal approximation, df >= 3)."""
+    """Statistic and a bound that it exceeds with probability below 1e-4 if the law is right."""
     assert abs(sum(probabilities.values()) - 1) < 1e-9 and set(counts) <= set(probabilities)
     statistic = sum((counts[key] - n * p) ** 2 / (n * p) for key, p in probabilities.items())
     df = len(probabilities) - 1

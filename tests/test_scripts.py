@@ -19,7 +19,7 @@ from data import UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--train_items 64 --n_layer 1 --n_embd 16 --n_head 2 --max_steps_denoiser 12 --max_steps_order 12 --batch_size 4 "
-        "--batch_size_order 4 --K 2 --log_every 4 --eval_every 8 --save_every 5 --eval_items 8 --device cpu").split()
+        "--batch_size_order 4 --K 2 --log_every 4 --eval_every 8 --save_every 5 --eval_items 8 --table_items 8 --device cpu").split()
 
 
 def run(script, *args):
@@ -162,7 +162,7 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
 @pytest.mark.parametrize("main, arguments, message", [
     (sample, ["--steps", "0"], "steps must be"), (sample, ["--steps", "four"], "steps must be"), (sample, ["--steps", "-1"], "steps must be"),
     (sample, ["--order", "best"], "unknown order 'best': choose from learned"), (sample, ["--prompt", ""], "1 to 36 tokens"),
-    (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 44 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
+    (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 36 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
     (sample, ["--temperature", "-1"], "temperature"),
     (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
     (eval_gsm8k, ["--limit", "-1"], "limit"), (eval_gsm8k, ["--limit", "1", "--steps", "1", "--control", "", "--json", "/dev/null/x.json"], "cannot write")])
