@@ -117,7 +117,7 @@ def step_terms(log_p, gate_logits, log_q, masked, last):
     """Eq. 5 and 6 at one state, in nats: reconstruction and KL, each (...). All inputs (..., L):
     log_p = log p(x0^i | z), gate_logits of alpha, log_q from Eq. 3, masked; `last` (..., 1) bool."""
     q = log_q.exp() * masked
-    not_q = -torch.expm1(log_q) * masked                                    # 1 - q
+    not_q = -torch.expm1(log_q)                                             # 1 - q, 0 where q = 1
     log_alpha, log_not_alpha = F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)
     reconstruction = (q * log_p).sum(-1)                                    # Eq. 5: sum_i q^i log p(x0^i | z)
     kl = q * (log_q - log_alpha) + not_q * (log_complement(log_q) - log_not_alpha)

@@ -73,18 +73,18 @@ class Config:
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     # stage 1
-    max_steps_denoiser: int = arg(3000, "optimizer steps of stage 1")
+    max_steps_denoiser: int = arg(2400, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
     lr_matrix: float = arg(0.02, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(1000, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(650, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(4, "orders per example; the control's batch is batch_size_order * K")
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.1, "temperature of Eq. 3")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
-    lr_scale_order: float = arg(0.5, "denoiser's learning rates after stage 1, over stage 1's")
+    lr_scale_order: float = arg(1.0, "denoiser's learning rates after stage 1, over stage 1's")
     n_layer_posterior: int = arg(2, "blocks of the posterior network")
     freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
     # both
@@ -93,7 +93,7 @@ class Config:
     eval_every: int = arg(500, "steps between validation bounds")
     save_every: int = arg(500, "steps between resume points")
     eval_items: int = arg(256, "validation items for the bounds in the log")
-    table_items: int = arg(256, "validation items for the final table")
+    table_items: int = arg(128, "validation items for the final table")
 
     def __post_init__(self):
         choices = {"preset": PRESETS, "dataset": ("toy", "gsm8k", "gsm8k-aug"), "target": ("equations", "full"),
@@ -204,6 +204,7 @@ class Run:
 
 
 def prepare(config: Config) -> Run:
+    device = pick_device(config.device)
     items = load_splits(config.dataset, config.data_dir or None, config.seed, TOY_SIZES | {"train": config.train_items})
     pieces = frequent_pieces(items["train"], config.target, config.n_pieces)
     enc = build_tokenizer(pieces)
@@ -212,7 +213,7 @@ def prepare(config: Config) -> Run:
         print(f"{name}: {len(split.fits)} items, {split.fits.count(False)} longer than prompt_len {config.prompt_len} or answer_len {config.answer_len}")
         if not any(split.fits):
             raise UserError(f"no item of {name} fits: raise --prompt_len and --answer_len")
-    return Run(config, pick_device(config.device), items, pieces, splits["train"], splits["val"])
+    return Run(config, device, items, pieces, splits["train"], splits["val"])
 
 
 def readable(logs: dict, x0, eos: int) -> dict:

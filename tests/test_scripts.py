@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ TINY = ("--train_items 64 --n_layer 1 --n_embd 16 --n_head 2 --max_steps_denoise
 
 def run(script, *args):
     """Exit status, stdout and stderr of a script in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(tempfile.gettempdir()) / "empty-hub-cache")}
     done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, env=environment, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
@@ -175,3 +176,11 @@ def test_bad_arguments(trained, main, arguments, message):
 def test_changed_constants_cannot_be_resumed(trained):
     with pytest.raises(UserError, match="leave out --tau"):
         train.main(["--resume", "--out_dir", str(trained), "--tau", "0.3"])
+
+
+def test_the_readme_quotes_the_notation_and_lists_the_departures():
+    readme, notation = (ROOT / "README.md").read_text(), (ROOT / "posterior.py").read_text()
+    assert notation.split("\nNOTATION\n")[1].split("\nEND NOTATION")[0] in readme
+    marks = [line for script in ROOT.glob("*.py") for line in script.read_text().splitlines() if "# DEVIATION:" in line or "# [NEW]" in line]
+    listed = readme.split("## Departures")[1].split("\n## ")[0].count("\n- ")
+    assert len(marks) == listed
