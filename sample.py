@@ -49,7 +49,7 @@ def learned(state: State):
     logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
     if state.greedy:
         return (logits > 0) | top_k(logits, state.masked, 1)
-    log_not = F.logsigmoid(-logits)                      # log(1 - alpha), 0 where revealed
+    log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u_first)[:, None]          # (B, 1)
     position = torch.arange(logits.shape[1], device=logits.device)
@@ -98,20 +98,23 @@ class Generation:
     reveal_step: torch.Tensor  # (B, L) the step, from 1, that revealed each position
 
 
+def precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
 def draw(log_p, u):
     """One index per row from log-probabilities (..., V) by inverse CDF with uniforms u (...).
-    In float64 (MPS has none): float32 truncates the tail and so lowers the temperature."""
-    dtype = torch.float32 if log_p.device.type == "mps" else torch.float64
-    cdf = log_p.to(dtype).exp().cumsum(-1)
-    u = u.to(dtype)[..., None] * cdf[..., -1:]
+    In float64: float32 cuts off the tail and so lowers the temperature (Zheng et al., 2409.02908)."""
+    cdf = log_p.to(precise(log_p.device)).exp().cumsum(-1)
+    u = u.to(cdf.dtype)[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=log_p.shape[-1] - 1)
 
 
 def row_noise(seeds: list[int], T: int, L: int, device):
     """Uniform noise (B, T + 2, L + 1), row b from seeds[b] alone: per step L gates and one draw more,
     then one line that stays for the whole row, then one for the tokens."""
-    rows = [torch.rand(T + 2, L + 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+    rows = [torch.rand(T + 2, L + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows).to(device, precise(device))
 
 
 @torch.no_grad()
@@ -119,7 +122,8 @@ def generate(model: MDM, prompt, steps: int, order: str = "learned", *, temperat
              greedy_gates: bool = False, seeds: list[int] | None = None) -> Generation:
     """Answers for prompts (B, P') in at most `steps` forward passes per row, on the prompts' device.
 
-    A budget above L counts as L, at which the rules with an even split reveal one token per step. `seeds`: one per row, 0..B-1 by default.
+    A budget above L counts as L, at which the rules with an even split reveal one token per step.
+    `seeds`: one per row, 0..B-1 by default. With temperature 0 they only matter to learned and iid.
     Raises UserError for an unknown order, steps < 1 or a negative temperature."""
     if order not in ORDERS:
         raise UserError(f"unknown order {order!r}: choose from {', '.join(ORDERS)}")

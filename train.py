@@ -85,6 +85,7 @@ class Config:
     tau: float = arg(0.1, "temperature of Eq. 3")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
     lr_scale_order: float = arg(1.0, "denoiser's learning rates after stage 1, over stage 1's")
+    lr_scale_posterior: float = arg(0.3, "posterior's learning rates, over stage 1's")
     n_layer_posterior: int = arg(2, "blocks of the posterior network")
     freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
     # both
@@ -106,7 +107,7 @@ class Config:
         for name, least in {**minimum, "K": 2, "max_steps_denoiser": 0, "max_steps_order": 0, "n_pieces": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "cooldown"):
+        for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
@@ -269,7 +270,7 @@ def build_stage(stage: str, run: Run) -> tuple[MDM, OrderPosterior | None, list[
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
-    return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config)
+    return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)
 
 
 def train_stage(stage: str, run: Run, resume: dict | None):
