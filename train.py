@@ -119,7 +119,7 @@ PRESETS = {
     "toy": {},
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
                   max_steps_denoiser=1000, max_steps_order=250, batch_size_order=4, lr_matrix=0.01, lr_other=2e-3,
-                  lr_scale_order=0.5, log_every=50, eval_every=250, save_every=100, eval_items=128, table_items=32),
+                  lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, save_every=100, eval_items=128, table_items=32),
     # The paper's recipe. Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
                       max_steps_denoiser=45_000, max_steps_order=15_000, batch_size_order=32, K=8, T=5, lr_matrix=0.005,
