@@ -19,7 +19,8 @@ order by a learned one.
 
 Positions enter twice: rotary embedding tells attention how far apart two tokens are, a learned
 embedding tells each token its place, because what belongs at place 20 of a canvas often depends on
-the prompt at a fixed place. With rotary alone the toy takes about three times as many steps.
+the prompt at a fixed place. With rotary alone an earlier toy (one chain of 5-8 operations) learned
+less than half as fast: bound -7.3 after 1,330 steps, against -6.4 after 600 with both.
 
 Axes: B batch, P prompt, L answer canvas, S = P + L, V vocabulary without MASK, D width, H heads.
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
