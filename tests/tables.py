@@ -1,8 +1,8 @@
-"""Networks replaced by lookup tables, and the model of Eq. 1-2 summed exactly in float64.
+"""Networks replaced by lookup tables, and the equations of posterior.py summed exactly in float64.
 
 With L positions, V tokens and T steps everything is discrete: (V+1)^L states, V^L answers, and the
 ordered partitions of L positions into at most T groups. What follows is written from the equations,
-position by position, and shares no code with posterior.py or sample.py."""
+gate by gate and token by token, and shares no code with posterior.py or sample.py."""
 
 import itertools
 import math
@@ -11,20 +11,26 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
+SIZES = [(3, 1), (3, 2), (3, 3), (4, 2)]  # (L, T)
+V, TAU = 2, 0.5
+X0 = {3: (1, 0, 1), 4: (1, 0, 1, 1)}
+
 
 class TableModel(nn.Module):
     """Token and gate logits looked up by state. The "hidden state" of a position is its V token
     logits followed by its gate logit."""
 
-    def __init__(self, L=3, V=2, seed=0):
+    def __init__(self, L=3, seed=0):
         super().__init__()
         self.config = SimpleNamespace(answer_len=L, vocab_size=V, mask=V, pad=-1, eos=V)
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(torch.randn((V + 1) ** L, L, V + 1, generator=generator, dtype=torch.float64))
 
+    def row(self, z):
+        return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)  # the state read as a number
+
     def forward(self, prompt, z):
-        base = (self.config.vocab_size + 1) ** torch.arange(self.config.answer_len)
-        return self.table[(z * base).sum(-1)]
+        return self.table[self.row(z)]
 
     def log_p(self, h):
         return h[..., :-1].log_softmax(-1)
@@ -33,34 +39,60 @@ class TableModel(nn.Module):
         return h[..., -1]
 
 
+def scores(L=3, seed=0):
+    """The posterior's table: one score per position of one answer."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(L, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+# An order is a tuple with the step that reveals each position: (1, 3, 2) reveals place 0, then 2, then 1.
+
 def orders(L, T):
-    """Every order as a tuple of reveal steps: steps 1..m are all used, m <= T."""
+    """Every order: steps 1..m are all used, m <= T."""
     return [o for o in itertools.product(range(1, T + 1), repeat=L) if set(o) == set(range(1, max(o) + 1))]
 
 
-def state(x0, order, t, mask):
-    return [token if step < t else mask for token, step in zip(x0, order)]
+def answers(L):
+    return list(itertools.product(range(V), repeat=L))
+
+
+def lookup(model, x0, order, t):
+    """Table entry of the state before step t, and the positions that it masks."""
+    z = [token if step < t else model.config.mask for token, step in zip(x0, order)]
+    return model(None, torch.tensor([z]))[0], [i for i, step in enumerate(order) if step >= t]
+
+
+# --- the model, Eq. 1 and 2 --------------------------------------------------------------------------
+
+def log_p_gates(model, x0, order, t, T):
+    """Eq. 1: log p(r_t | z_t)."""
+    h, left = lookup(model, x0, order, t)
+    if t == T:
+        return torch.zeros((), dtype=h.dtype)
+    alpha = model.gate_logits(h).sigmoid()
+    chosen = sum(torch.log(alpha[i] if order[i] == t else 1 - alpha[i]) for i in left)
+    return chosen - torch.log(1 - math.prod(1 - alpha[i] for i in left))
+
+
+def log_p_tokens(model, x0, order, t):
+    """Eq. 2: log p of the tokens that step t reveals."""
+    h, left = lookup(model, x0, order, t)
+    return sum(model.log_p(h)[i, x0[i]] for i in left if order[i] == t)
 
 
 def log_p_joint(model, x0, order, T):
-    """log p(x0, order) of Eq. 1-2, one gate and one token at a time."""
-    total = 0.0
-    for t in range(1, max(order) + 1):
-        h = model(None, torch.tensor([state(x0, order, t, model.config.mask)]))[0]
-        alpha, log_p = model.gate_logits(h).sigmoid(), model.log_p(h)
-        left = [i for i, step in enumerate(order) if step >= t]
-        for i in left:
-            if order[i] == t:
-                total = total + log_p[i, x0[i]]
-            if t < T:
-                total = total + torch.log(alpha[i] if order[i] == t else 1 - alpha[i])
-        if t < T:
-            total = total - torch.log(1 - math.prod(1 - alpha[i] for i in left))
-    return total
+    """log p(x0, order)."""
+    return sum(log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t) for t in range(1, max(order) + 1))
 
 
-def q_gates(s, order, t, T, tau):
-    """Eq. 3 at step t of an order: {position: q} over the masked positions."""
+def log_p_marginal(model, x0, T):
+    return torch.logsumexp(torch.stack([log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]), 0)
+
+
+# --- the posterior, Eq. 3 -----------------------------------------------------------------------------
+
+def q_gates(s, order, t, T, tau=TAU):
+    """{position: q} over the positions still masked at step t."""
     left = [i for i, step in enumerate(order) if step >= t]
     if t == T:
         return {i: torch.ones((), dtype=s.dtype) for i in left}
@@ -68,25 +100,30 @@ def q_gates(s, order, t, T, tau):
     return {i: torch.exp((s[i] - s[top]) / tau) for i in left}
 
 
-def q_of(s, order, T, tau, until=None):
-    """Probability of an order under Eq. 3 (of its steps before `until`)."""
-    total = torch.ones((), dtype=s.dtype)
-    for t in range(1, (until or max(order) + 1)):
-        for i, q in q_gates(s, order, t, T, tau).items():
-            total = total * (q if order[i] == t else 1 - q)
-    return total
+def q_step(s, order, t, T, tau=TAU):
+    """q(r_t | z_t)."""
+    return math.prod(q if order[i] == t else 1 - q for i, q in q_gates(s, order, t, T, tau).items())
 
 
-def log_p_marginal(model, x0, T):
-    L = model.config.answer_len
-    return torch.logsumexp(torch.stack([log_p_joint(model, x0, o, T) for o in orders(L, T)]), 0)
+def q_of(s, order, T, until=None):
+    """q(order), or q(r_1 .. r_{until-1})."""
+    return math.prod((q_step(s, order, t, T) for t in range(1, until or max(order) + 1)), start=torch.ones((), dtype=s.dtype))
 
 
-def exact_elbo(model, s, x0, T, tau):
-    """sum over orders of q (log p(x0, order) - log q), without Rao-Blackwellisation."""
-    total = 0.0
-    for o in orders(len(x0), T):
-        q = q_of(s, o, T, tau)
-        if q > 0:
-            total = total + q * (log_p_joint(model, x0, o, T) - q.log())
-    return total
+def possible_orders(s, T):
+    """{order: q(order)} of those that q can draw."""
+    return {o: q.item() for o in orders(len(s), T) if (q := q_of(s, o, T)) > 0}
+
+
+# --- the bound, Eq. 4, without Rao-Blackwellisation -----------------------------------------------------
+
+def plain_step(model, s, x0, order, t, T):
+    """log p(r_t, x | z_t) - log q(r_t | z_t) at the gates that the order opens; 0 when nothing is left."""
+    if t > max(order):
+        return torch.zeros((), dtype=s.dtype)
+    return log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t) - q_step(s, order, t, T).log()
+
+
+def exact_elbo(model, s, x0, T):
+    """sum over orders of q(order) (log p(x0, order) - log q(order))."""
+    return sum(q_of(s, o, T) * (log_p_joint(model, x0, o, T) - q_of(s, o, T).log()) for o in possible_orders(s, T))

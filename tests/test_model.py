@@ -8,6 +8,7 @@ import torch
 
 from data import UserError
 from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, save_checkpoint, trim
+from posterior import objective_at
 from tables import TableModel
 
 
@@ -25,6 +26,23 @@ def test_what_is_under_a_mask_does_not_leak():
     other = torch.where(masked, (x0 + 1) % 9, x0)
     a, b = (model(prompt, x.masked_fill(masked, model.config.mask)) for x in (x0, other))
     assert torch.equal(a, b)
+
+
+def test_hidden_tokens_get_no_gradient():
+    """Both stages: the embedding of a token that stands only under masks is not used at all, with every
+    other token's in use. Token i stands at place i."""
+    model, prompt, x0 = small_model(), torch.tensor([[8, 8, 8]]), torch.tensor([[0, 1, 2, 3, 4]])
+    reveal_step = torch.tensor([[[1, 2, 1, 3, 2], [1, 3, 1, 2, 3]]])  # at step 2, places 1, 3, 4 are masked in both
+    objective, _ = objective_at(model, torch.randn(1, 5), prompt, x0, reveal_step, torch.tensor([2]), T=3, tau=1.0)
+    used, = torch.autograd.grad(objective, model.trunk.embed.weight)
+    assert [row.abs().sum().item() > 0 for row in used] == [True, False, True, False, False, False, False, False, True, False, False, True]
+
+    read = []
+    model.trunk.register_forward_pre_hook(lambda _, inputs: read.append(inputs[1]))
+    used, = torch.autograd.grad(denoiser_elbo(model, prompt, x0, torch.Generator().manual_seed(1)).sum(), model.trunk.embed.weight)
+    masked = read[0] == model.config.mask
+    assert 0 < masked.sum() < 5 and torch.equal(read[0][~masked], x0[~masked])
+    assert [used[i].abs().sum().item() == 0 for i in range(5)] == masked[0].tolist()
 
 
 def test_attention_is_bidirectional():

@@ -1,137 +1,106 @@
-"""posterior.py against exact sums over all orders (tables.py), in float64, to 1e-10."""
+"""posterior.py against exact sums over all orders (tables.py), in float64, to 1e-10.
+
+The equations are those of posterior.py. test_mutations.py breaks posterior.py in many ways and runs
+the tests of this file on what is left, to show that they can fail."""
 
 import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import posterior
-from model import log_p_of
-from tables import TableModel, exact_elbo, log_p_joint, log_p_marginal, orders, q_gates, q_of
-
-L, V, TAU = 3, 2, 0.5
-X0 = [1, 0, 1]
+from model import MDM, ModelConfig, log_p_of
+from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint, log_p_marginal, orders, plain_step,
+                    possible_orders, q_gates, q_of, q_step, scores)
 
 
-def scores(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(L, generator=generator, dtype=torch.float64).requires_grad_()
+def close(a, b, tolerance=1e-10):
+    return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def objective(model, s, chosen, t, T, x0=X0):
-    """objective_at for one example whose K orders are `chosen`, at step t."""
-    value, logs = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([x0]),
-                                         torch.tensor([chosen]), torch.tensor([t]), T=T, tau=TAU)
-    return value, logs
+def one_step(model, s, x0, chosen, t, T):
+    """The objective that train.py maximises, for one example whose K orders are `chosen`, at step t."""
+    return posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([x0]), torch.tensor([chosen]),
+                                  torch.tensor([t]), T=T, tau=TAU)
 
 
-def step_term(model, s, order, t, T, x0=X0):
-    return objective(model, s, [order, order], t, T, x0)[1]["elbo"] / T
+def step_term(model, s, x0, order, t, T):
+    """Eq. 5: L_t at the state that step t of the order starts from."""
+    return one_step(model, s, x0, [order, order], t, T)[1]["elbo"] / T
 
 
-@pytest.mark.parametrize("T", [1, 2, 3])
-def test_p_sums_to_one_over_answers_and_orders(T):
-    model = TableModel()
-    total = sum(log_p_joint(model, x0, o, T).exp() for x0 in itertools.product(range(V), repeat=L) for o in orders(L, T))
-    assert abs(total.item() - 1) < 1e-10
+# --- Eq. 1, 2: the model ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_p_sums_to_one_over_answers_and_orders(L, T):
+    model = TableModel(L)
+    assert close(sum(log_p_joint(model, x0, o, T).exp() for x0 in answers(L) for o in orders(L, T)), 1)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3])
-def test_q_sums_to_one_over_orders(T):
-    assert abs(sum(q_of(scores(), o, T, TAU) for o in orders(L, T)).item() - 1) < 1e-10
+def test_log_p_of_is_the_log_probability_of_x0_where_masked():
+    model, x0 = TableModel(), torch.tensor([X0[3]])
+    masked = torch.tensor([[True, False, True]])
+    h = model(None, x0.masked_fill(masked, V))
+    expected = model.log_p(h).gather(-1, x0[..., None]).squeeze(-1) * masked
+    assert torch.equal(log_p_of(model, h, x0, masked), expected)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3])
-@pytest.mark.parametrize("x0", list(itertools.product(range(V), repeat=L)))
-def test_rao_blackwellised_elbo_is_the_elbo(T, x0):
-    """E_q sum_t L_t (Eq. 4-6) = E_q log p(x0, order) - log q(order), which is below log p(x0)."""
-    model, s = TableModel(), scores()
-    total = sum(q_of(s, o, T, TAU) * step_term(model, s, o, t, T, x0) for o in orders(L, T) for t in range(1, T + 1))
-    expected = exact_elbo(model, s, x0, T, TAU)
-    assert abs((total - expected).item()) < 1e-10
-    assert expected < log_p_marginal(model, x0, T) + 1e-12
+# --- Eq. 3: the posterior -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values", [None, [0.0, 0.0, 0.0], [5.0, 5.0, -3.0], [1e4, -1e4, 0.0]])
+def test_gates_are_a_law_on_nonempty_sets(values):
+    """At every state: the gates of the scalar definition, sum_r q(r | z) = 1 and q(r = 0 | z) = 0."""
+    s = scores() if values is None else torch.tensor(values, dtype=torch.float64)
+    for bits in itertools.product([False, True], repeat=3):
+        if left := [i for i in range(3) if bits[i]]:
+            log_q = posterior.log_gate_probs(s, torch.tensor(bits), torch.tensor(False), TAU)
+            q, not_q = log_q.exp(), torch.where(log_q == 0, 0.0, posterior.log_complement(log_q).exp())
+            order = [1 if bit else 0 for bit in bits]  # revealed before step 1, or masked at step 1
+            assert all(close(q[i], expected) and close(not_q[i], 1 - expected) for i, expected in q_gates(s, order, 1, 2).items())
+            law = {r: torch.stack([q[i] if opens else not_q[i] for i, opens in zip(left, r)]).prod()
+                   for r in itertools.product([False, True], repeat=len(left))}
+            assert close(sum(law.values()), 1) and law[(False,) * len(left)] == 0
 
 
-@pytest.mark.parametrize("T", [1, 2, 3])
-def test_gradient_is_exact_in_expectation(T):
-    """The gradient of the objective, summed over all pairs of orders and all steps with their
-    probabilities, is autograd through the enumerated ELBO, for theta and for phi."""
-    model, s = TableModel(), scores()
-    exact_theta, exact_phi = torch.autograd.grad(exact_elbo(model, s, X0, T, TAU), (model.table, s), allow_unused=True, materialize_grads=True)
-    got_theta, got_phi = torch.zeros_like(exact_theta), torch.zeros_like(exact_phi)
-    for pair in itertools.product(orders(L, T), repeat=2):
-        weight = (q_of(s, pair[0], T, TAU) * q_of(s, pair[1], T, TAU)).item() / T
-        if weight == 0:
-            continue
+@pytest.mark.parametrize("L, T", SIZES)
+def test_q_sums_to_one_over_orders(L, T):
+    assert close(sum(q_of(scores(L), o, T) for o in orders(L, T)), 1)
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_log_q_matches_the_scalar_definition(L, T):
+    s = scores(L)
+    for o in possible_orders(s, T):
         for t in range(1, T + 1):
-            theta, phi = torch.autograd.grad(objective(model, s, pair, t, T)[0], (model.table, s), allow_unused=True, materialize_grads=True)
-            got_theta += weight * theta
-            got_phi += weight * phi
-    assert (got_theta - exact_theta).abs().max() < 1e-10
-    assert (got_phi - exact_phi).abs().max() < 1e-10
-    assert T == 1 or exact_phi.abs().max() > 1e-3  # there was something to get wrong
+            log_q = posterior.log_q_before(s[None], torch.tensor([[o]]), torch.tensor([t]), T, TAU)
+            assert close(log_q, q_of(s, o, T, until=min(t, max(o) + 1)).log())
 
 
-def score_term_variance(model, s, baseline, t=2, T=3):
-    """Variance of Eq. 7's gradient at step t, summed over all pairs of orders."""
-    first, second = 0.0, 0.0
-    for pair in itertools.product(orders(L, T), repeat=2):
-        weight = (q_of(s, pair[0], T, TAU) * q_of(s, pair[1], T, TAU)).item()
-        if weight == 0:
-            continue
-        value = torch.stack([step_term(model, s, o, t, T) for o in pair])[None]
-        advantage = posterior.leave_one_out(value) if baseline else value
-        log_q = posterior.log_q_before(s[None], torch.tensor([pair]), torch.tensor([t]), T, TAU)
-        gradient, = torch.autograd.grad((advantage * log_q).mean(), s)
-        first, second = first + weight * gradient, second + weight * gradient ** 2
-    return (second - first ** 2).sum().item()
+@pytest.mark.parametrize("L, T", SIZES)
+def test_orders_are_drawn_from_q(L, T):
+    s, n = scores(L).detach(), 100_000
+    drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0))[0]
+    law = possible_orders(s, T)
+    seen = {o: (drawn == torch.tensor(o)).all(-1).sum().item() for o in law}
+    assert sum(seen.values()) == n  # nothing outside the law
+    chi2 = sum((seen[o] - n * q) ** 2 / (n * q) for o, q in law.items())
+    assert chi2 < 25  # at most 7 degrees of freedom: p < 0.001 beyond 24.3
 
 
-def test_leave_one_out_lowers_the_variance():
-    """For a model that is still bad, whose terms are many nats below 0 whatever the order, as in training."""
-    model, s = TableModel(), (0.5 * scores().detach()).requires_grad_()
-    with torch.no_grad():
-        for i, token in enumerate(X0):
-            model.table[:, i, token] -= 10
-    assert score_term_variance(model, s, True) < 0.5 * score_term_variance(model, s, False)
-
-
-def test_leave_one_out_is_value_minus_mean_of_the_others():
-    value = torch.randn(5, 4, dtype=torch.float64)
-    expected = torch.stack([value[:, k] - value[:, [j for j in range(4) if j != k]].mean(1) for k in range(4)], 1)
-    assert torch.allclose(posterior.leave_one_out(value), expected, atol=1e-12)
-
-
-# --- Eq. 3 -----------------------------------------------------------------------------------------
-
-def test_gates_match_the_scalar_definition():
-    s, T = scores(), 3
-    for o in orders(L, T):
-        for t in range(1, max(o) + 1):
-            masked = torch.tensor([step >= t for step in o])
-            log_q = posterior.log_gate_probs(s, masked, torch.tensor(t == T), TAU)
-            for i, q in q_gates(s, o, t, T, TAU).items():
-                assert abs(log_q[i].exp() - q) < 1e-12
-
-
-def test_log_q_matches_the_scalar_definition():
-    s, T = scores(), 3
-    for o in orders(L, T):
-        for t in range(1, T + 1):
-            q = q_of(s, o, T, TAU, until=min(t, max(o) + 1))
-            if q > 0:
-                log_q = posterior.log_q_before(s[None], torch.tensor([[o]]), torch.tensor([t]), T, TAU)
-                assert abs(log_q.item() - q.log().item()) < 1e-10
-
-
-@pytest.mark.parametrize("tau", [1e-3, 0.1, 100.0])
-def test_every_step_reveals_at_least_one(tau):
-    generator = torch.Generator().manual_seed(0)
-    s = torch.randn(50, 12, generator=generator)
-    for T in (1, 3, 12):
-        reveal_step = posterior.sample_orders(s, 4, T, tau, generator)
-        for row in reveal_step.flatten(0, 1).tolist():
-            assert set(row) == set(range(1, max(row) + 1)) and max(row) <= T
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(s=st.lists(st.one_of(st.integers(-2, 2), st.floats(-1e4, 1e4, width=32)), min_size=1, max_size=8), T=st.integers(1, 9),
+       tau=st.sampled_from([1e-3, 0.1, 1.0, 1e3]), seed=st.integers(0, 99))
+def test_any_scores_give_orders_with_a_finite_log_q(s, T, tau, seed):
+    """Ties and extremes included: no empty step, log q <= 0, finite gradients. In float32, as in training."""
+    s = torch.tensor([s], dtype=torch.float32, requires_grad=True)
+    reveal_step = posterior.sample_orders(s, 3, T, tau, torch.Generator().manual_seed(seed))
+    for order in reveal_step[0].tolist():
+        assert set(order) == set(range(1, max(order) + 1)) and max(order) <= T
+    log_q = posterior.log_q_before(s, reveal_step, torch.tensor([T]), T, tau)
+    gradient, = torch.autograd.grad(log_q.sum() + 0 * s.sum(), s)
+    assert log_q.isfinite().all() and (log_q <= 0).all() and gradient.isfinite().all()
 
 
 def test_small_tau_follows_the_scores_and_large_tau_reveals_all_at_once():
@@ -140,19 +109,253 @@ def test_small_tau_follows_the_scores_and_large_tau_reveals_all_at_once():
     assert posterior.sample_orders(s, 2, 4, 1e6)[0, 0].tolist() == [1, 1, 1, 1]
 
 
-def test_orders_are_drawn_from_q():
-    s, T, n = scores().detach(), 3, 100_000
-    drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0))[0]
-    chi2 = 0.0
-    for o in orders(L, T):
-        expected = n * q_of(s, o, T, TAU).item()
-        seen = (drawn == torch.tensor(o)).all(-1).sum().item()
-        if expected == 0:
-            assert seen == 0
-        else:
-            chi2 += (seen - expected) ** 2 / expected
-    assert chi2 < 20  # 5 possible orders, 4 degrees of freedom: p < 0.001 beyond 18.5
+# --- Eq. 4: the bound -------------------------------------------------------------------------------------
 
+def elbo(model, s, x0, T):
+    """Eq. 4: E_q sum_t L_t(z_t), by posterior.py."""
+    return sum(q * step_term(model, s, x0, o, t, T) for o, q in possible_orders(s, T).items() for t in range(1, T + 1))
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_the_gap_of_the_bound_is_the_kl_to_the_true_posterior(L, T):
+    """For every answer: log p(x0) - ELBO = KL(q(order) || p(order | x0)) >= 0."""
+    model, s = TableModel(L), scores(L)
+    for x0 in answers(L):
+        log_p = log_p_marginal(model, x0, T)
+        kl = sum(q * (q_of(s, o, T).log() - (log_p_joint(model, x0, o, T) - log_p)) for o, q in possible_orders(s, T).items())
+        assert close(log_p - elbo(model, s, x0, T), kl) and kl >= -1e-12
+        assert T == 1 or kl > 1e-3  # a random posterior is not the true one
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_the_bound_is_tight_at_the_true_posterior(L, T):
+    """A table stands in for q: any law over orders. At p(order | x0) every order's term is log p(x0)."""
+    model = TableModel(L)
+    for x0 in answers(L):
+        log_p = log_p_marginal(model, x0, T)
+        table = {o: (log_p_joint(model, x0, o, T) - log_p).exp() for o in orders(L, T)}
+        assert close(sum(table.values()), 1)
+        assert close(sum(q * (log_p_joint(model, x0, o, T) - q.log()) for o, q in table.items()), log_p)
+
+
+def model_that_follows(s, x0, T):
+    """A model whose true posterior at x0 is q: its gates are q's, and its tokens do not look at the state."""
+    model = TableModel(len(s))
+    with torch.no_grad():
+        model.table[...] = model.table[:1].clone()
+        for o in possible_orders(s, T):
+            for t in range(1, min(T, max(o) + 1)):
+                z = torch.tensor([[token if step < t else V for token, step in zip(x0, o)]])
+                for i, q in q_gates(s, o, t, T).items():
+                    model.table[model.row(z), i, -1] = q.logit().clamp(max=50)  # 50: alpha = 1 to 1e-21
+    return model
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_the_bound_is_tight_where_the_true_posterior_has_the_form_of_eq_3(L, T):
+    """The same with posterior.py's own factorised q, for a model made to have it as its posterior."""
+    s, x0 = scores(L), X0[L]
+    model = model_that_follows(s, x0, T)
+    assert close(elbo(model, s, x0, T), log_p_marginal(model, x0, T))
+
+
+# --- Eq. 5, 6: one step ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_rao_blackwellised_elbo_is_the_elbo(L, T):
+    """E_q sum_t L_t (Eq. 4-6) = E_q log p(x0, order) - log q(order), for every answer."""
+    model, s = TableModel(L), scores(L)
+    for x0 in answers(L):
+        assert close(elbo(model, s, x0, T), exact_elbo(model, s, x0, T))
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_step_kl_is_the_kl_between_the_two_laws_of_the_gates(L, T):
+    """Eq. 6 at every state that q visits: sum over r_t of q(r_t | z_t) log q(r_t | z_t) / p(r_t | z_t) >= 0."""
+    model, s, x0 = TableModel(L), scores(L), X0[L]
+    for o in possible_orders(s, T):
+        for t in range(1, max(o) + 1):
+            # orders that share the steps before t, one for each way in which step t can go on
+            following = {tuple(step == t for step in b): b for b in orders(L, T) if all(min(x, t) == min(y, t) for x, y in zip(o, b))}
+            kl = sum(q * (q.log() - log_p_gates(model, x0, b, t, T)) for b in following.values() if (q := q_step(s, b, t, T)) > 0)
+            logs = one_step(model, s, x0, [o, o], t, T)[1]
+            assert close(logs["kl"] / T, kl) and kl >= -1e-12
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_rao_blackwellisation_lowers_the_variance_of_each_step(L, T):
+    """L_t is the conditional expectation of the plain term given z_t: same mean, and less variance, at every
+    step and for T * L_t at a random step. It need not hold for the sum over t: see the next test."""
+    model, s, x0 = TableModel(L), scores(L), X0[L]
+    law = possible_orders(s, T)
+
+    def variance(values):
+        mean = sum(w * v for w, v in values)
+        return sum(w * (v - mean) ** 2 for w, v in values).item()
+
+    blackwell = {t: [(q, step_term(model, s, x0, o, t, T)) for o, q in law.items()] for t in range(1, T + 1)}
+    plain = {t: [(q, plain_step(model, s, x0, o, t, T).detach()) for o, q in law.items()] for t in range(1, T + 1)}
+    for t in range(1, T + 1):
+        assert close(sum(w * v for w, v in blackwell[t]), sum(w * v for w, v in plain[t]))
+        assert variance(blackwell[t]) < variance(plain[t]) - 1e-3 or t == T  # no gates are left to average at T
+    both = [variance([(w / T, T * v) for values in terms.values() for w, v in values]) for terms in (blackwell, plain)]
+    assert both[0] < both[1] - 1e-3 or T == 1
+
+
+def test_at_the_true_posterior_the_plain_sum_is_constant_and_the_rao_blackwellised_is_not():
+    """log p(x0, order) - log q(order) = log p(x0) for every order: the plain terms of a path cancel each
+    other's noise. sum_t L_t has lost that. What training uses, one step, has nothing to cancel with."""
+    T = 3
+    s, x0 = scores(), X0[3]
+    model = model_that_follows(s, x0, T)
+    law = possible_orders(s, T)
+    plain = [sum(plain_step(model, s, x0, o, t, T) for t in range(1, T + 1)).item() for o in law]
+    blackwell = [sum(step_term(model, s, x0, o, t, T) for t in range(1, T + 1)).item() for o in law]
+    assert max(plain) - min(plain) < 1e-10 and max(blackwell) - min(blackwell) > 0.1
+
+
+def terms_by_hand(model, x0, z):
+    h = model(None, torch.tensor([z]))[0]
+    return [model.log_p(h)[i, x0[i]] for i in range(len(x0))], model.gate_logits(h).sigmoid()
+
+
+def test_one_step_costs_all_tokens_and_no_gates():
+    model, x0 = TableModel(), X0[3]
+    log_p, _ = terms_by_hand(model, x0, [V, V, V])
+    logs = one_step(model, scores(), x0, [(1, 1, 1)] * 2, 1, T=1)[1]
+    assert close(logs["recon"], sum(log_p)) and logs["kl"] == 0
+
+
+def test_equal_scores_reveal_everything_at_once():
+    """q = 1 everywhere: p pays for opening all its gates, given that one opens."""
+    model, x0 = TableModel(), X0[3]
+    log_p, alpha = terms_by_hand(model, x0, [V, V, V])
+    logs = one_step(model, torch.zeros(3, dtype=torch.float64), x0, [(1, 1, 1)] * 2, 1, T=2)[1]
+    assert close(logs["recon"] / 2, sum(log_p)) and close(logs["kl"] / 2, -(alpha.prod() / (1 - (1 - alpha).prod())).log())
+    done = one_step(model, torch.zeros(3, dtype=torch.float64), x0, [(1, 1, 1)] * 2, 2, T=2)[1]
+    assert done["recon"] == 0 and done["kl"] == 0  # nothing is left for step 2
+
+
+def test_far_scores_reveal_one_position_at_a_time():
+    model, x0, order = TableModel(), X0[3], (3, 1, 2)
+    s = torch.tensor([-1e3, 1e3, 0.0], dtype=torch.float64)
+    log_p, alpha = terms_by_hand(model, x0, [V, V, V])
+    logs = one_step(model, s, x0, [order] * 2, 1, T=3)[1]
+    assert close(logs["recon"] / 3, log_p[1])
+    assert close(logs["kl"] / 3, -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log())
+
+
+def test_the_last_position_opens_for_certain_and_costs_no_kl():
+    model, x0 = TableModel(), X0[3]
+    log_p, _ = terms_by_hand(model, x0, [x0[0], V, x0[2]])
+    logs = one_step(model, scores(), x0, [(1, 2, 1)] * 2, 2, T=3)[1]
+    assert close(logs["recon"] / 3, log_p[1]) and close(logs["kl"], 0)
+
+
+# --- Eq. 7: the gradient -------------------------------------------------------------------------------------
+
+def trajectory(model, s, x0, chosen, _, T):
+    """The full-trajectory estimator, for reference: all T steps of every order, each step's gates with the
+    leave-one-out advantage of the steps after it (reward-to-go). It needs T forward passes per order,
+    train.py's form one; both have the same expectation."""
+    reveal_step, x0_k = torch.tensor(chosen), torch.tensor(x0).expand(len(chosen), -1)              # (K, L)
+    terms, log_q_step = [], []
+    for t in range(1, T + 1):
+        masked, opens, last = reveal_step >= t, reveal_step == t, torch.tensor([t == T])
+        h = model(None, x0_k.masked_fill(masked, V))
+        log_q = posterior.log_gate_probs(s, masked, last, TAU)
+        recon, kl = posterior.step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last)
+        terms.append(recon - kl)                                                                    # L_t (K,)
+        log_q_step.append(torch.where(opens, log_q, posterior.log_complement(log_q)).sum(-1))       # log q(r_t | z_t)
+    terms, log_q_step = torch.stack(terms), torch.stack(log_q_step)                                 # (T, K)
+    to_go = terms.detach().flip(0).cumsum(0).flip(0) - terms.detach()                               # sum_{t' > t} L_t'
+    surrogate = (posterior.leave_one_out(to_go) * log_q_step).sum(0)
+    return (terms.sum(0) + surrogate).mean(), None
+
+
+def gradient_moments(estimator, model, s, x0, T, K, steps):
+    """Mean and variance of the estimator's gradient for (theta, phi), summed over all K-tuples of orders
+    and all `steps`, each with its probability."""
+    law = possible_orders(s, T)
+    first, second = [0.0, 0.0], [0.0, 0.0]
+    for chosen in itertools.product(law, repeat=K):
+        weight = torch.tensor([law[o] for o in chosen], dtype=torch.float64).prod() / len(steps)
+        for t in steps:
+            gradient = torch.autograd.grad(estimator(model, s, x0, chosen, t, T)[0], (model.table, s), allow_unused=True, materialize_grads=True)
+            for i, g in enumerate(gradient):
+                first[i], second[i] = first[i] + weight * g, second[i] + weight * g ** 2
+    return first, [b - a ** 2 for a, b in zip(first, second)]
+
+
+def assert_gradient_is_exact(estimator, L, T, K, steps):
+    model, s, x0 = TableModel(L), scores(L), X0[L]
+    exact = torch.autograd.grad(exact_elbo(model, s, x0, T), (model.table, s), allow_unused=True, materialize_grads=True)
+    mean, _ = gradient_moments(estimator, model, s, x0, T, K, steps)
+    for a, b in zip(mean, exact):
+        assert (a - b).abs().max() < 1e-10
+    assert T == 1 or exact[1].abs().max() > 1e-3  # there was something to get wrong
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("L, T", SIZES)
+def test_one_step_gradient_is_exact_in_expectation(L, T, K):
+    """Pathwise plus surrogate, summed over all K-tuples of orders and all steps, is autograd through the
+    enumerated ELBO, for theta and for phi. This is the form that train.py uses."""
+    assert_gradient_is_exact(one_step, L, T, K, range(1, T + 1))
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("L, T", SIZES)
+def test_trajectory_gradient_is_exact_in_expectation(L, T, K):
+    assert_gradient_is_exact(trajectory, L, T, K, [None])
+
+
+def test_leave_one_out_is_value_minus_mean_of_the_others():
+    value = torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.stack([value[:, k] - value[:, [j for j in range(4) if j != k]].mean(1) for k in range(4)], 1)
+    assert torch.allclose(posterior.leave_one_out(value), expected, atol=1e-12)
+
+
+def test_a_batch_is_the_mean_of_its_rows():
+    """Different answers, scores, orders and steps side by side: no row's baseline or path touches another."""
+    T, model = 3, TableModel()
+    rows = [(scores(seed=1), (1, 0, 1), [(1, 2, 3), (1, 1, 2)], 2), (scores(seed=2), (0, 0, 1), [(2, 1, 1), (1, 1, 1)], 1),
+            (scores(seed=3), (1, 1, 0), [(3, 2, 1), (2, 1, 2)], 3)]
+    s, x0, chosen, t = zip(*rows)
+    together, _ = posterior.objective_at(model, torch.stack(s), torch.zeros(3, 0, dtype=torch.long), torch.tensor(x0), torch.tensor(chosen),
+                                         torch.tensor(t), T=T, tau=TAU)
+    alone = sum(one_step(model, *row, T)[0] for row in rows) / 3
+    assert close(together, alone)
+    for a, b in zip(torch.autograd.grad(together, (model.table, *s)), torch.autograd.grad(alone, (model.table, *s))):
+        assert (a - b).abs().max() < 1e-12
+
+
+class ScoreTable(torch.nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.s = s
+
+    def forward(self, prompt, x0):
+        return self.s.expand(len(x0), -1)
+
+
+@pytest.mark.parametrize("L, T", [(3, 3), (4, 2)])
+def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
+    """order_objective end to end, its own draws included: within 4 standard errors over 100 batches."""
+    model, s, generator, batches = TableModel(L), scores(L), torch.Generator().manual_seed(0), []
+    prompt, x0 = torch.zeros(500, 0, dtype=torch.long), torch.tensor(X0[L]).expand(500, -1)
+    for _ in range(100):
+        objective, logs = posterior.order_objective(model, ScoreTable(s), prompt, x0, T=T, K=4, tau=TAU, generator=generator)
+        batches.append(torch.cat([logs["elbo"][None], *(g.flatten() for g in torch.autograd.grad(objective, (model.table, s)))]))
+    batches = torch.stack(batches)
+    exact = exact_elbo(model, s, X0[L], T)
+    exact = torch.cat([exact[None].detach(), *(g.flatten() for g in torch.autograd.grad(exact, (model.table, s)))])
+    error, standard = (batches.mean(0) - exact).abs(), batches.std(0) / len(batches) ** 0.5
+    assert (error <= 4 * standard + 1e-12).all()
+    assert standard[0] < 0.01 * exact[0].abs()  # the test has power
+
+
+# --- numerics ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [1e4, -1e4, 0.0], [5.0, 5.0, -3.0]])
 def test_gradients_stay_finite(values):
@@ -162,15 +365,29 @@ def test_gradients_stay_finite(values):
     generator = torch.Generator().manual_seed(0)
     reveal_step = torch.cat([posterior.sample_orders(s[None], 4, 3, 0.1, generator), torch.ones(1, 1, 3, dtype=torch.long)], 1)
     for t in (1, 2, 3):
-        value, _ = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([X0]), reveal_step,
+        value, _ = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([X0[3]]), reveal_step,
                                           torch.tensor([t]), T=3, tau=0.1)
         theta, phi = torch.autograd.grad(value, (model.table, s))
         assert value.isfinite() and theta.isfinite().all() and phi.isfinite().all()
 
 
-def test_log_p_of_is_the_log_probability_of_x0_where_masked():
-    model, x0 = TableModel(), torch.tensor([X0])
-    masked = torch.tensor([[True, False, True]])
-    h = model(None, x0.masked_fill(masked, V))
-    expected = model.log_p(h).gather(-1, x0[..., None]).squeeze(-1) * masked
-    assert torch.equal(log_p_of(model, h, x0, masked), expected)
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e4])
+def test_gradients_stay_finite_under_bfloat16_autocast(spread):
+    """The real networks, from nearly equal to extreme scores and gates. Scores and log-probabilities leave
+    autocast in float32: in bfloat16, scores that differ by less than 1 % would tie."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=11, prompt_len=6, answer_len=8, n_layer=2, n_head=2, n_embd=16)
+    model, order_posterior = MDM(config), posterior.OrderPosterior(config)
+    parameters = [*model.parameters(), *order_posterior.parameters()]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.3)
+    with torch.no_grad():
+        order_posterior.score_head.weight *= spread
+        model.gate_head.weight *= spread
+    prompt, x0 = torch.randint(9, (6, 4)), torch.randint(9, (6, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = order_posterior(prompt, x0)
+        objective, _ = posterior.order_objective(model, order_posterior, prompt, x0, T=4, K=4, tau=0.1, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad(objective, parameters)
+    assert s.dtype == objective.dtype == torch.float32 and len(s.unique()) > 0.9 * s.numel()
+    assert objective.isfinite() and all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)

@@ -2,77 +2,108 @@
 
 import itertools
 from collections import Counter
+from functools import lru_cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sample
 from data import UserError
 from sample import ORDERS, State, generate, top_k
-from tables import TableModel, log_p_joint, log_p_marginal, orders
+from tables import TableModel, answers, log_p_gates, log_p_tokens, orders
 from test_model import small_model
+
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DRAWS = 100_000
 
 
 def prompts(n):
     return torch.zeros(n, 0, dtype=torch.long)
 
 
-def chi_square(counts, probabilities, n):
-    """Statistic and a bound that it exceeds with probability below 1e-4 if the law is right."""
-    assert abs(sum(probabilities.values()) - 1) < 1e-9 and set(counts) <= set(probabilities)
-    statistic = sum((counts[key] - n * p) ** 2 / (n * p) for key, p in probabilities.items())
-    df = len(probabilities) - 1
-    return statistic, df + 4 * (2 * df) ** 0.5 + 8
+def assert_follows(outcomes, law):
+    """Chi-square of the outcomes against a law {outcome: probability}: red with probability 1e-4 or less if
+    the law is right, and always the same draws."""
+    counts, n = Counter(outcomes), len(outcomes)
+    assert abs(sum(law.values()) - 1) < 1e-9 and set(counts) <= set(law)
+    statistic = sum((counts[key] - n * p) ** 2 / (n * p) for key, p in law.items())
+    df = len(law) - 1
+    # Wilson-Hilferty: the cube root of chi-square / df is nearly normal; 3.72 is its 1 - 1e-4 quantile
+    assert df == 0 or statistic < df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3
+
+
+def assert_samples_follow(order, T, law_of_gates):
+    """At temperature 1: (answer, order), then the answer alone and the number of steps alone."""
+    model = TableModel()
+    out = sample.generate(model, prompts(DRAWS), T, order, temperature=1.0)
+    law = {(x0, o): (law_of_gates(model, x0, o) * sum(log_p_tokens(model, x0, o, t) for t in range(1, max(o) + 1)).exp()).item()
+           for x0 in answers(3) for o in orders(3, T)}
+    drawn = [(tuple(x), tuple(o)) for x, o in zip(out.tokens.tolist(), out.reveal_step.tolist())]
+    assert_follows(drawn, law)
+    p_answer, p_steps = Counter(), Counter()
+    for (x0, o), p in law.items():
+        p_answer[x0] += p
+        p_steps[max(o)] += p
+    assert_follows([x0 for x0, _ in drawn], p_answer)
+    assert_follows(out.steps.tolist(), p_steps)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3])
 def test_learned_samples_follow_eq_1_and_2(T):
-    """Frequencies of (answer, order) against p(x0, order) for every one of them."""
-    L, V, n = 3, 2, 20_000
-    model = TableModel(L, V)
-    out = generate(model, prompts(n), T, "learned", temperature=1.0)
-    counts = Counter((tuple(x), tuple(o)) for x, o in zip(out.tokens.tolist(), out.reveal_step.tolist()))
-    exact = {(x, o): log_p_joint(model, x, o, T).exp().item() for x in itertools.product(range(V), repeat=L) for o in orders(L, T)}
-    statistic, bound = chi_square(counts, exact, n)
-    assert statistic < bound
+    def law(model, x0, o):
+        return sum(log_p_gates(model, x0, o, t, T) for t in range(1, max(o) + 1)).exp()
+    assert_samples_follow("learned", T, law)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3])
-def test_iid_reveals_each_position_at_a_uniform_time(T):
-    """Law of the order: uniform times in 1..T, with the empty steps left out."""
-    L, n = 3, 20_000
-    exact = Counter()
-    for times in itertools.product(range(T), repeat=L):
-        exact[tuple(sorted(set(times)).index(x) + 1 for x in times)] += T ** -L
-    out = generate(TableModel(L), prompts(n), T, "iid")
-    statistic, bound = chi_square(Counter(map(tuple, out.reveal_step.tolist())), exact, n)
-    assert statistic < bound
+def test_iid_samples_follow_uniform_reveal_times(T):
+    """Law of the order: a uniform time in 1..T per position, with the empty steps left out."""
+    law = Counter()
+    for times in itertools.product(range(T), repeat=3):
+        law[tuple(sorted(set(times)).index(x) + 1 for x in times)] += T ** -3
+    assert_samples_follow("iid", T, lambda model, x0, o: law[o])
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("steps", [1, 2, 4, 5, 100])
-def test_invariants(order, steps):
-    model, n = small_model(), 40
-    prompt = torch.randint(9, (n, 4), generator=torch.Generator().manual_seed(0))
-    before = prompt.clone()
-    out = generate(model, prompt, steps, order)
-    assert torch.equal(prompt, before)
-    assert ((out.tokens >= 0) & (out.tokens < model.config.vocab_size)).all()       # no MASK left
+@lru_cache
+def model_of(answer_len):
+    return small_model(answer_len=answer_len)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(prompt=st.lists(st.lists(st.integers(0, 8), max_size=6), min_size=1, max_size=5), answer_len=st.integers(1, 7), steps=st.integers(1, 12),
+       order=st.sampled_from(sorted(ORDERS)), temperature=st.sampled_from([0.0, 0.7, 1.0]), greedy_gates=st.booleans(), seed=st.integers(0, 1000))
+def test_any_prompts_and_budget_give_finished_answers(prompt, answer_len, steps, order, temperature, greedy_gates, seed):
+    """The prompt is untouched, no MASK is left, steps used <= budget, every step reveals at least one
+    position, and the last row is what it would be alone."""
+    model = model_of(answer_len)
+    padded = torch.tensor([ids + [model.config.pad] * (6 - len(ids)) for ids in prompt])
+    before, seeds = padded.clone(), [seed + i for i in range(len(prompt))]
+    arguments = dict(temperature=temperature, greedy_gates=greedy_gates)
+    out = sample.generate(model, padded, steps, order, seeds=seeds, **arguments)
+    assert torch.equal(padded, before)
+    assert out.tokens.shape == (len(prompt), answer_len) and ((out.tokens >= 0) & (out.tokens < model.config.vocab_size)).all()
     for row, used in zip(out.reveal_step.tolist(), out.steps.tolist()):
-        assert used <= min(steps, 5) and set(row) == set(range(1, used + 1))        # at least one a step
+        assert used <= min(steps, answer_len) and set(row) == set(range(1, used + 1))
     if order in ("left_to_right", "confidence"):
-        assert (out.steps == min(steps, 5)).all()
+        assert (out.steps == min(steps, answer_len)).all()
+    alone = sample.generate(model, padded[-1:], steps, order, seeds=seeds[-1:], **arguments)
+    assert torch.equal(alone.tokens[0], out.tokens[-1]) and torch.equal(alone.reveal_step[0], out.reveal_step[-1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_does_not_depend_on_its_batch(order, temperature):
-    model = small_model()
+def test_a_row_does_not_depend_on_its_batch(order, temperature, device):
+    model = small_model().to(device)
     prompt = torch.randint(9, (6, 4), generator=torch.Generator().manual_seed(0))
     prompt[1, 2:] = model.config.pad
-    together = generate(model, prompt, 3, order, temperature=temperature, seeds=list(range(6)))
+    prompt = prompt.to(device)
+    together = sample.generate(model, prompt, 3, order, temperature=temperature, seeds=list(range(6)))
     for i in range(6):
-        alone = generate(model, prompt[i : i + 1], 3, order, temperature=temperature, seeds=[i])
+        alone = sample.generate(model, prompt[i : i + 1], 3, order, temperature=temperature, seeds=[i])
         assert torch.equal(alone.tokens[0], together.tokens[i]) and torch.equal(alone.reveal_step[0], together.reveal_step[i])
 
 
