@@ -1,16 +1,18 @@
 """Generate answers from a trained model in few steps, in the learned order or by a rule.
 
     python sample.py --steps 4
-    python sample.py --steps 4 --order confidence --prompt "Max has 8 eggs, buys 1, splits 3. Ann has 4, sells 2, times 3. Together?"
+    python sample.py --steps 4 --compare learned,confidence,left_to_right
+    python sample.py --steps 4 --prompt "Max has 8 eggs, buys 1, splits 3. Ann has 4, sells 2, times 3. Together?"
+    python sample.py --steps 4 --gif out/order.gif
 
 Generation starts from a canvas of MASKs. Each step is one forward pass for all positions at once:
 
-    gates    an order picks which masked positions to reveal now, at least one
+    gates    an order (orders.py) picks which masked positions to reveal now, at least one
     tokens   each revealed position takes its most probable token, independently of the others
              (or, with a temperature, a token drawn from p^(1/temperature))
 
 and the last allowed step reveals whatever is left. The order is the only thing that differs between
-the learned sampler and the rules it is compared with; they are the functions in ORDERS below.
+the learned sampler and the rules it is compared with.
 
 Each row has its own noise, made from its own seed before the first step, so a row's sample depends
 neither on the rows beside it nor on when they finish. Rows that are done leave the batch.
@@ -21,73 +23,10 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from data import UserError, build_tokenizer, cli, decode, encode_prompt, final_number, load_splits
 from model import MDM, load_checkpoint, pick_device, trim
-
-# --- orders: which of the masked positions to reveal ----------------------------------------------
-
-@dataclass
-class State:
-    """What an order may look at before step t of T. B rows, L positions, V tokens."""
-    log_p: torch.Tensor        # (B, L, V) log-probabilities of the token head, float32
-    gate_logits: torch.Tensor  # (B, L) logits of alpha
-    masked: torch.Tensor       # (B, L) True where still MASK
-    t: int                     # this step, 1..T
-    T: int                     # step budget, at most L
-    u_gate: torch.Tensor       # (B, L) uniform noise, fresh every step
-    u_first: torch.Tensor      # (B,) the same, for one more draw
-    u_row: torch.Tensor        # (B, L) uniform noise that stays the same at every step
-    greedy: bool               # learned order: open the gates that are likely to open, draw nothing
-
-
-def learned(state: State):
-    """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
-    has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); gates before f are closed, gates
-    after f are free. Greedy: every gate with alpha > 1/2, or else the most likely one."""
-    logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
-    if state.greedy:
-        return (logits > 0) | top_k(logits, state.masked, 1)
-    log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed
-    log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
-    first = draw(log_first.log_softmax(-1), state.u_first)[:, None]          # (B, 1)
-    position = torch.arange(logits.shape[1], device=logits.device)
-    return (position == first) | ((position > first) & (state.u_gate < logits.sigmoid()))
-
-
-def top_k(score, masked, k: int):
-    """The k masked positions of highest score in each row; ties go to the leftmost."""
-    ranking = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(ranking).scatter_(-1, ranking, torch.arange(score.shape[1], device=score.device).expand_as(ranking))
-    return (rank < k) & masked
-
-
-def even_split(state: State) -> int:
-    """Step t's share of the L positions: the shares differ by at most one and none is empty."""
-    L = state.masked.shape[1]
-    return L * state.t // state.T - L * (state.t - 1) // state.T
-
-
-def confidence(state: State):
-    """The positions whose best token is most probable (MaskGIT, LLaDA)."""
-    return top_k(state.log_p.amax(-1), state.masked, even_split(state))
-
-
-def left_to_right(state: State):
-    position = torch.arange(state.masked.shape[1], device=state.masked.device)
-    return top_k(-position.expand(state.masked.shape).float(), state.masked, even_split(state))
-
-
-def iid(state: State):
-    """Each masked position opens with probability 1 / (T - t + 1) at step t: the same as one uniform
-    reveal time in 1..T per position, drawn beforehand. Jumping to the earliest time at which anything
-    opens skips the empty steps, and they are not counted."""
-    time = (state.u_row * state.T).long().masked_fill(~state.masked, state.T)
-    return time == time.amin(-1, keepdim=True)
-
-
-ORDERS = {"learned": learned, "left_to_right": left_to_right, "confidence": confidence, "iid": iid}
+from orders import ORDERS, Order, State, draw, parse_order, precise
 
 # --- generation ------------------------------------------------------------------------------------
 
@@ -98,18 +37,6 @@ class Generation:
     reveal_step: torch.Tensor  # (B, L) the step, from 1, that revealed each position
 
 
-def precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
-def draw(log_p, u):
-    """One index per row from log-probabilities (..., V) by inverse CDF with uniforms u (...).
-    In float64: float32 cuts off the tail and so lowers the temperature (Zheng et al., 2409.02908)."""
-    cdf = log_p.to(precise(log_p.device)).exp().cumsum(-1)
-    u = u.to(cdf.dtype)[..., None] * cdf[..., -1:]
-    return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=log_p.shape[-1] - 1)
-
-
 def row_noise(seeds: list[int], T: int, L: int, device):
     """Uniform noise (B, T + 2, L + 1), row b from seeds[b] alone: per step L gates and one draw more,
     then one line that stays for the whole row, then one for the tokens."""
@@ -118,36 +45,39 @@ def row_noise(seeds: list[int], T: int, L: int, device):
 
 
 @torch.no_grad()
-def generate(model: MDM, prompt, steps: int, order: str = "learned", *, temperature: float = 0.0,
-             greedy_gates: bool = False, seeds: list[int] | None = None) -> Generation:
+def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, temperature: float = 0.0,
+             seeds: list[int] | None = None, x0=None, first=None) -> Generation:
     """Answers for prompts (B, P') in at most `steps` forward passes per row, on the prompts' device.
 
-    A budget above L counts as L, at which the rules with an even split reveal one token per step.
-    `seeds`: one per row, 0..B-1 by default. With temperature 0 they only matter to learned and iid.
-    Raises UserError for an unknown order, steps < 1 or a negative temperature."""
-    if order not in ORDERS:
-        raise UserError(f"unknown order {order!r}: choose from {', '.join(ORDERS)}")
+    A budget above L counts as L. `seeds`: one per row, 0..B-1 by default; with temperature 0 they only
+    matter to orders that draw. `x0` (B, L): true answers, for the oracle. `first` (B, L, D): the model's
+    hidden states at the all-MASK canvas, where they are at hand (the step is counted all the same).
+    Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
+    order = parse_order(order) if isinstance(order, str) else order
     if steps < 1 or temperature < 0:
         raise UserError(f"need steps >= 1 and temperature >= 0, got {steps} and {temperature}")
+    if order.name == "oracle" and x0 is None:
+        raise UserError("the oracle looks at the true answer: it runs in eval_gsm8k.py only")
     L, T = model.config.answer_len, min(steps, model.config.answer_len)
     seeds = list(range(len(prompt))) if seeds is None else seeds
     noise = row_noise(seeds, T, L, prompt.device)
     z = torch.full((len(prompt), L), model.config.mask, device=prompt.device)
     reveal_step = torch.zeros_like(z)
+    rows, past = torch.arange(len(prompt), device=prompt.device), []        # unfinished; log_p of the last two steps
     for t in range(1, T + 1):
-        rows = (z == model.config.mask).any(-1).nonzero().squeeze(-1)       # unfinished
         if len(rows) == 0:
             break
-        h = model(trim(prompt[rows], model.config.pad), z[rows])
-        log_p, masked = model.log_p(h), z[rows] == model.config.mask
-        u = noise[rows]
-        state = State(log_p, model.gate_logits(h), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], greedy_gates)
-        reveal = masked & ORDERS[order](state) if t < T else masked
-        tokens = log_p.argmax(-1)
-        if temperature > 0:
-            tokens = draw((log_p / temperature).log_softmax(-1), u[:, T + 1, :L])
+        h = first if t == 1 and first is not None else model(trim(prompt[rows], model.config.pad), z[rows])
+        log_p, masked, u = model.log_p(h), z[rows] == model.config.mask, noise[rows]
+        tokens = log_p.argmax(-1) if temperature == 0 else draw((log_p / temperature).log_softmax(-1), u[:, T + 1, :L])
+        state = State(log_p, tokens, model.gate_logits(h), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], past,
+                      x0[rows] if x0 is not None else None)
+        reveal = masked & order(state, model.config.eos) if t < T else masked
         z[rows] = torch.where(reveal, tokens, z[rows])
         reveal_step[rows] = torch.where(reveal, t, reveal_step[rows])
+        unfinished, past = (masked & ~reveal).any(-1), [log_p, *past[:1]]
+        if not unfinished.all():
+            rows, past = rows[unfinished], [p[unfinished] for p in past]
     return Generation(z, reveal_step.amax(-1), reveal_step)
 
 
@@ -156,14 +86,65 @@ def generate(model: MDM, prompt, steps: int, order: str = "learned", *, temperat
 COLORS = [196, 208, 226, 118, 51, 75, 141, 213]  # of the 256-colour terminal; step 1 is red
 
 
+def token_text(token: int, enc) -> str:
+    return {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}.get(token) or enc.decode([token]).replace("\n", " ")
+
+
 def render(tokens, reveal_step, t: int, enc, color: bool) -> str:
     """The canvas after step t: "·" still masked, "∎" EOS, "_" PAD; coloured by the revealing step."""
     parts = []
     for token, step in zip(tokens, reveal_step):
-        names = {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}
-        text = "·" if step > t else names.get(token) or enc.decode([token])
+        text = "·" if step > t else token_text(token, enc)
         parts.append(f"\033[38;5;{COLORS[(step - 1) % len(COLORS)]}m{text}\033[0m" if color and step <= t else text)
-    return "".join(parts).replace("\n", " ")
+    return "".join(parts)
+
+
+def show(item: dict, runs: list[tuple[str, list[int], list[int]]], enc):
+    """One question under several orders: (name, tokens, reveal_step) each, step by step, one below the other."""
+    width = max(len(name) for name, *_ in runs)
+    print(f"question  {item['question']}" + (f"\ntruth     {final_number(item['answer'])}" if item["answer"] else ""))
+    for t in range(1, max(max(reveal_step) for *_, reveal_step in runs) + 1):
+        running = [run for run in runs if t <= max(run[2])]
+        for label, (name, tokens, reveal_step) in zip([f"step {t}"] + [""] * len(runs), running):
+            print(f"{label:<10}{name:<{width}}  {render(tokens, reveal_step, t, enc, sys.stdout.isatty())}")
+    for label, (name, tokens, reveal_step) in zip(["number"] + [""] * len(runs), runs):
+        print(f"{label:<10}{name:<{width}}  {final_number(decode(tokens, enc))} in {max(reveal_step)} steps")
+    print()
+
+
+def save_gif(path: str, question: str, tokens, reveal_step, enc, columns: int = 20):
+    """An animation of one generation: a cell per position, coloured by the step that reveals it."""
+    import textwrap
+    from pathlib import Path
+
+    from matplotlib import colormaps
+    from matplotlib.animation import PillowWriter
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    lines, last = -(-len(tokens) // columns), max(reveal_step)
+    figure = Figure(figsize=(columns * 0.45, lines * 0.45 + 1.1))
+    FigureCanvasAgg(figure)
+    writer = PillowWriter(fps=1)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with writer.saving(figure, path, dpi=100):
+            for t in [*range(last + 1), last, last]:  # the finished answer stays for a while
+                figure.clear()
+                figure.text(0.01, 0.98, textwrap.fill(question, columns * 5), va="top", parse_math=False)
+                figure.text(0.99, 0.02, f"step {t} of {last}", ha="right")
+                axes = figure.add_axes((0, 0.08, 1, lines * 0.45 / figure.get_figheight()), xlim=(0, columns), ylim=(lines, 0))
+                axes.axis("off")
+                for i, (token, step) in enumerate(zip(tokens, reveal_step)):
+                    row, column = divmod(i, columns)
+                    shade = colormaps["viridis"](0.95 - 0.6 * (step - 1) / max(last - 1, 1)) if step <= t else "0.85"
+                    axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, color=shade))
+                    if step <= t:
+                        axes.text(column + 0.5, row + 0.5, token_text(token, enc).strip(), ha="center", va="center", fontsize=8, parse_math=False)
+                writer.grab_frame()
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e}") from e
 
 
 def parse_steps(text: str) -> int:
@@ -179,17 +160,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
     parser.add_argument("--steps", default="4", help="step budget, or L, the length of the canvas")
-    parser.add_argument("--order", default="learned", help=f"one of {', '.join(ORDERS)}")
+    parser.add_argument("--order", default="learned", help=f"NAME[:KNOB][@BLOCK][+eos_last], NAME one of {', '.join(ORDERS)}")
+    parser.add_argument("--compare", help="several orders, comma-separated, side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
     parser.add_argument("--num_samples", type=int, default=3, help="validation questions, or samples of --prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the gates' and tokens' draws")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
-    parser.add_argument("--greedy_gates", action="store_true", help="open gates with alpha > 1/2 instead of drawing them")
+    parser.add_argument("--gif", help="write an animation of the first answer to this file")
     parser.add_argument("--data_dir", help="where the GSM8K files are, if not where training found them")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
 
-    device = pick_device(args.device)
+    device, steps = pick_device(args.device), parse_steps(args.steps)
+    orders = [parse_order(text) for text in (args.compare or args.order).split(",")]
     model, state = load_checkpoint(args.ckpt, device)
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
     if args.num_samples < 1:
@@ -203,14 +186,13 @@ def main(argv=None):
         raise UserError(f"a prompt must have 1 to {model.config.prompt_len} tokens")
 
     sys.stdout.reconfigure(errors="replace")  # terminals that cannot show "∎"
-    out = generate(model, torch.tensor(prompts, device=device), parse_steps(args.steps), args.order, temperature=args.temperature,
-                   greedy_gates=args.greedy_gates, seeds=[args.seed + i for i in range(len(items))])
-    for item, tokens, steps, reveal_step in zip(items, out.tokens.tolist(), out.steps.tolist(), out.reveal_step.tolist()):
-        print(f"question  {item['question']}")
-        for t in range(1, steps + 1):
-            print(f"step {t:<4} {render(tokens, reveal_step, t, enc, sys.stdout.isatty())}")
-        truth = f"   truth {final_number(item['answer'])}" if item["answer"] else ""
-        print(f"number    {final_number(decode(tokens, enc))}{truth}   steps {steps}   order {args.order}\n")
+    prompt, seeds = torch.tensor(prompts, device=device), [args.seed + i for i in range(len(items))]
+    outs = [generate(model, prompt, steps, order, temperature=args.temperature, seeds=seeds) for order in orders]
+    for i, item in enumerate(items):
+        show(item, [(str(order), out.tokens[i].tolist(), out.reveal_step[i].tolist()) for order, out in zip(orders, outs)], enc)
+    if args.gif:
+        save_gif(args.gif, items[0]["question"], outs[0].tokens[0].tolist(), outs[0].reveal_step[0].tolist(), enc)
+        print(f"wrote {args.gif}")
 
 
 if __name__ == "__main__":

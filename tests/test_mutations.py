@@ -8,15 +8,19 @@ import pytest
 import torch
 
 import model
+import orders
 import posterior
 import sample
 import test_model
 import test_objective
+import test_orders
 import test_sample
 from tables import X0, TableModel, scores
 
 ROOT = Path(__file__).parent.parent
-TESTS = {"posterior.py": (posterior, test_objective), "sample.py": (sample, test_sample), "model.py": (model, test_model)}
+# each script, and the modules that its proofs go through
+USERS = {"posterior.py": (posterior, test_objective), "model.py": (model, test_model),
+         "sample.py": (sample, test_sample, test_orders), "orders.py": (orders, sample, test_sample, test_orders)}
 
 
 def mutant(path, old="", new=""):
@@ -29,16 +33,17 @@ def mutant(path, old="", new=""):
 
 
 def suite_on(path, broken, patch):
-    """The test module of a script, with the script and all that was imported from it taken from the broken copy."""
+    """The proofs for a script, with the script and all that was imported from it taken from the broken copy."""
     if path.startswith("tests/"):
         return broken  # the full-trajectory estimator stands in the test file itself
-    script, tests = TESTS[path]
-    for name, value in list(vars(tests).items()):
-        if value is script:
-            patch.setattr(tests, name, broken)
-        elif name in vars(script) and value is vars(script)[name] and not isinstance(value, types.ModuleType):
-            patch.setattr(tests, name, vars(broken)[name])
-    return tests
+    script, *users = USERS[path]
+    for user in users:
+        for name, value in list(vars(user).items()):
+            if value is script:
+                patch.setattr(user, name, broken)
+            elif name in vars(script) and value is vars(script)[name] and not isinstance(value, types.ModuleType):
+                patch.setattr(user, name, vars(broken)[name])
+    return types.SimpleNamespace(**{name: value for user in users for name, value in vars(user).items()})
 
 
 GRADIENT = ("test_one_step_gradient_is_exact_in_expectation", 3, 3, 2)
@@ -53,6 +58,23 @@ ROWS = ("test_a_batch_is_the_mean_of_its_rows",)
 FINITE = ("test_gradients_stay_finite", [1e4, -1e4, 0.0])
 LEARNED = ("test_learned_samples_follow_eq_1_and_2", 2)
 IID = ("test_iid_samples_follow_uniform_reveal_times", 2)
+RANDOM = ("test_random_samples_follow_a_shuffle", 3)
+REPLAY = ("test_every_step_is_the_order_s_choice_at_the_model_s_state",)
+CONFIDENCE = ("test_confidence_takes_the_most_probable",)
+MARGIN = ("test_margin_takes_the_largest_lead_of_the_first_token_over_the_second", "")
+ORACLE = ("test_oracle_takes_the_most_probable_true_token", "")
+ENTROPY = ("test_entropy_reveals_the_certain_not_the_uncertain",)
+GATES_ABOVE = ("test_learned_with_a_knob_opens_the_gates_above_it_or_the_likeliest",)
+EQ_1 = ("test_learned_is_eq_1_by_inverse_cdf",)
+THRESHOLD = ("test_threshold_is_all_that_reach_it_or_the_best",)
+FACTOR = ("test_factor_is_the_largest_n_within_it", "")
+LAST_SLOT = ("test_factor_does_not_give_the_last_slot_away",)
+BOUND = ("test_entropy_bound_is_the_longest_prefix_within_the_bound", "")
+LOW_ENTROPY = ("test_low_entropy_is_all_below_it_or_the_lowest", "")
+KLASS = ("test_klass_is_all_that_are_sure_and_have_settled_for_two_steps_or_the_best", "")
+EQUALS_KNOB = ("test_what_equals_the_knob",)
+EOS_LAST = ("test_eos_last_holds_the_end_back", "confidence", 1.0)
+RARE = ("test_draw_reaches_tokens_rarer_than_float32_can_add_up", 1)
 
 OBJECTIVE = "objective = T * (step_elbo + surrogate).mean()"
 BASELINE = "(value - value.mean(1, keepdim=True)) * K / (K - 1)"
@@ -73,32 +95,102 @@ MUTATIONS = {
     "own step in the score term": ("posterior.py", "(u < t)[:, None]", "(u <= t)[:, None]", LOG_Q),
     "the first row's step for all rows": ("posterior.py", "(u < t)[:, None]", "(u < t[0])", ROWS),
     "KL without its normaliser": ("posterior.py", "kl.sum(-1) + log_some", "kl.sum(-1)", RAO_BLACKWELL),
-    "normaliser counts revealed positions": ("posterior.py", "(log_not_alpha * masked).sum(-1)", "log_not_alpha.sum(-1)", ("test_the_last_position_opens_for_certain_and_costs_no_kl",)),
+    "normaliser counts revealed positions": ("posterior.py", "(log_not_alpha * masked).sum(-1)",
+        "log_not_alpha.sum(-1)", ("test_the_last_position_opens_for_certain_and_costs_no_kl",)),
     "KL charged at the last step": ("posterior.py", "masked.any(-1) & ~last.squeeze(-1)", "masked.any(-1)", STEP_KL),
     "alpha and 1 - alpha swapped": ("posterior.py", LOG_ALPHAS, "F.logsigmoid(-gate_logits), F.logsigmoid(gate_logits)", STEP_KL),
     "reconstruction without q": ("posterior.py", "(q * log_p).sum(-1)", "(masked * log_p).sum(-1)", RAO_BLACKWELL),
-    "q's last step not forced": ("posterior.py", ".masked_fill(~masked | last, 0.0)", ".masked_fill(~masked, 0.0)", RAO_BLACKWELL),
+    "q's last step not forced": ("posterior.py", ".masked_fill(~masked | last, 0.0)",
+        ".masked_fill(~masked, 0.0)", RAO_BLACKWELL),
     "no tau": ("posterior.py", "((s - top) / tau)", "(s - top)", GATES),
     "best of all positions, not of the masked": ("posterior.py", "s.masked_fill(~masked, -torch.inf).amax", "s.amax", GATES),
-    "closed gates left out of log q": ("posterior.py", "torch.where(opens, log_q, log_complement(log_q)).sum(-1)", "torch.where(opens, log_q, 0.0).sum(-1)", LOG_Q),
+    "closed gates left out of log q": ("posterior.py", "torch.where(opens, log_q, log_complement(log_q)).sum(-1)",
+        "torch.where(opens, log_q, 0.0).sum(-1)", LOG_Q),
     "state one step late": ("posterior.py", "reveal_step >= t[:, None, None]", "reveal_step > t[:, None, None]", RAO_BLACKWELL),
     "log of 0": ("posterior.py", "log_q.masked_fill(certain, -1.0)", "log_q", FINITE),
     "step T never drawn": ("posterior.py", "% T + 1 ", "% (T - 1) + 1 ", DRAWN),
-    "gates drawn from q squared": ("posterior.py", "dtype=s.dtype, generator=generator) < q", "dtype=s.dtype, generator=generator) < q * q", ORDER_LAW),
-    "the answer is shown to the denoiser": ("posterior.py", "z = x0_k.masked_fill(masked, model.config.mask)", "z = x0_k", RAO_BLACKWELL),
-    "trajectory: score term's sign": ("tests/test_objective.py", "(terms.sum(0) + surrogate)", "(terms.sum(0) - surrogate)", TRAJECTORY),
-    "trajectory: advantage not detached": ("tests/test_objective.py", "to_go = terms.detach().flip(0).cumsum(0).flip(0) - terms.detach()", "to_go = terms.flip(0).cumsum(0).flip(0) - terms", TRAJECTORY),
-    "trajectory: own step's expectation twice": ("tests/test_objective.py", "- terms.detach()  ", "- terms.detach() + terms  ", TRAJECTORY),
-    "trajectory: steps before instead of after": ("tests/test_objective.py", "terms.detach().flip(0).cumsum(0).flip(0)", "terms.detach().cumsum(0)", TRAJECTORY),
-    "a gate past the first instead of the first": ("sample.py", "state.u_first)[:, None]  ", "state.u_first)[:, None] + 1  ", LEARNED),
-    "first open gate, closed ones not counted": ("sample.py", "log_not.cumsum(-1) - log_not", "0", LEARNED),
-    "gates before the first are free": ("sample.py", "(position > first) & (state.u_gate", "(state.u_gate", LEARNED),
+    "gates drawn from q squared": ("posterior.py", "dtype=s.dtype, generator=generator) < q",
+        "dtype=s.dtype, generator=generator) < q * q", ORDER_LAW),
+    "the answer is shown to the denoiser": ("posterior.py", "z = x0_k.masked_fill(masked, model.config.mask)",
+        "z = x0_k", RAO_BLACKWELL),
+    "trajectory: score term's sign": ("tests/test_objective.py", "(terms.sum(0) + surrogate)",
+        "(terms.sum(0) - surrogate)", TRAJECTORY),
+    "trajectory: advantage not detached": ("tests/test_objective.py",
+        "to_go = terms.detach().flip(0).cumsum(0).flip(0) - terms.detach()",
+        "to_go = terms.flip(0).cumsum(0).flip(0) - terms", TRAJECTORY),
+    "trajectory: own step's expectation twice": ("tests/test_objective.py", "- terms.detach()  ",
+        "- terms.detach() + terms  ", TRAJECTORY),
+    "trajectory: steps before instead of after": ("tests/test_objective.py", "terms.detach().flip(0).cumsum(0).flip(0)",
+        "terms.detach().cumsum(0)", TRAJECTORY),
+    "a gate past the first instead of the first": ("orders.py", "state.u_first)[:, None]  ",
+        "state.u_first)[:, None] + 1  ", LEARNED),
+    "first open gate, closed ones not counted": ("orders.py", "log_not.cumsum(-1) - log_not", "0", LEARNED),
+    "gates before the first are free": ("orders.py", "(position > first) & (state.u_gate", "(state.u_gate", LEARNED),
+    "gates of later blocks open too": ("orders.py", "state.gate_logits.masked_fill(~state.front",
+        "state.gate_logits.masked_fill(~state.masked", (*EQ_1, "@3")),
+    "a gate at the knob opens": ("orders.py", "logits.sigmoid() > state.knob[0]",
+        "logits.sigmoid() >= state.knob[0]", (*EQUALS_KNOB, "learned:0.5", [3])),
+    "no gate above the knob, none opens": ("orders.py", "return or_best(logits.sigmoid() > state.knob[0], logits, state)",
+        "return logits.sigmoid() > state.knob[0]", (*GATES_ABOVE, "")),
+    "iid counts empty steps": ("orders.py", "time == time.amin(-1, keepdim=True)", "time == state.t - 1", IID),
+    "random is confidence": ("orders.py", "even_share(state.u_row, state)", "even_share(state.log_p.amax(-1), state)", RANDOM),
+    "one top-k over the batch": ("orders.py", "return (rank < k) & masked",
+        "return (score >= score[masked].sort(descending=True).values[(k + 0 * score[:, :1]).long().sum() - 1]) & masked",
+        ("test_each_row_has_its_own_top_k", "confidence")),
+    "the batch's mean count": ("orders.py", "state.masked.sum(-1, keepdim=True) //",
+        "state.masked.sum(-1, keepdim=True).float().mean().long() //", ("test_each_row_counts_its_own_masks",)),
+    "equals in any order": ("orders.py", ".argsort(dim=-1, descending=True, stable=True)",
+        ".topk(score.shape[-1], dim=-1).indices", ("test_equals_are_taken_from_the_left", "confidence", 4)),
+    "a share of none": ("orders.py", "(state.T - state.t + 1)).clamp(min=1)", "(state.T - state.t + 1))", (*CONFIDENCE, "")),
+    "a share of one step too many": ("orders.py", "(state.T - state.t + 1)", "(state.T - state.t + 2)", (*CONFIDENCE, "")),
+    "margin without the second": ("orders.py", "even_share(best[..., 0] - best[..., 1]", "even_share(best[..., 0]", MARGIN),
+    "entropy's sign": ("orders.py", "even_share(-entropy_of(state.log_p)", "even_share(entropy_of(state.log_p)", ENTROPY),
+    "oracle without the truth": ("orders.py", "state.x0[..., None]", "state.tokens[..., None]", ORACLE),
+    "threshold without the best": ("orders.py", "return or_best(score.exp() >= state.knob[0], score, state)",
+        "return (score.exp() >= state.knob[0]) & state.front", (*THRESHOLD, "")),
+    "threshold not to be reached": ("orders.py", "score.exp() >= state.knob[0]",
+        "score.exp() > state.knob[0]", (*EQUALS_KNOB, "threshold:1", [0, 1])),
+    "factor counts one position less": ("orders.py", "(n + 1) * doubt", "n * doubt", FACTOR),
+    "factor gives the last slot away": ("orders.py", "(n + 1) * doubt <",
+        "(n + 1) * doubt * (n < state.front.sum(-1, keepdim=True)) <", LAST_SLOT),
+    "entropy_bound without the max": ("orders.py", "rising.cumsum(-1) - rising <=", "rising.cumsum(-1) <=", BOUND),
+    "entropy_bound not to be reached": ("orders.py", "rising.cumsum(-1) - rising <=", "rising.cumsum(-1) - rising <", BOUND),
+    "low_entropy's comparison": ("orders.py", "H < state.knob[0]", "H > state.knob[0]", LOW_ENTROPY),
+    "low_entropy's best is the highest": ("orders.py", "or_best(H < state.knob[0], -H,",
+        "or_best(H < state.knob[0], H,", LOW_ENTROPY),
+    "klass looks one step back": ("orders.py", "& settled[0] & settled[1]", "& settled[0]", KLASS),
+    "klass' KL turned round": ("orders.py", "new.exp() * (new - old)", "old.exp() * (old - new)", KLASS),
+    "eos_last dropped": ("orders.py", "if self.eos_last:", "if False:", EOS_LAST),
+    "eos_last lets PAD through": ("orders.py", "state.tokens < eos", "state.tokens != eos", EOS_LAST),
+    "eos_last reveals nothing at the end": ("orders.py", "torch.where(content.any(-1, keepdim=True), content, masked)",
+        "content", (*CONFIDENCE, "+eos_last")),
+    "block ignored": ("orders.py", ", block=self.block))", "))", (*THRESHOLD, "@3")),
+    "block ignored by even shares": ("orders.py", "top_k(score, state.masked, k, state.block_index)",
+        "top_k(score, state.masked, k)", (*CONFIDENCE, "@3")),
+    "block ignored by those found safe": ("orders.py", "chosen & state.front", "chosen & state.masked", (*THRESHOLD, "@3")),
+    "block ignored by the best": ("orders.py", "top_k(score, state.front, 1))",
+        "top_k(score, state.masked, 1))", (*THRESHOLD, "@3")),
+    "draw in float32": ("orders.py", "log_p.to(precise(log_p.device)).exp()", "log_p.float().exp()", RARE),
+    "draw can give what is impossible": ("orders.py", "right=True", "right=False", ("test_draw_matches_the_probabilities",)),
     "one noise for gates and tokens": ("sample.py", "u[:, T + 1, :L])", "u[:, t - 1, :L])", LEARNED),
     "sampler's last step not forced": ("sample.py", "if t < T else masked", "if t <= T else masked", LEARNED),
-    "iid counts empty steps": ("sample.py", "time == time.amin(-1, keepdim=True)", "time == state.t - 1", IID),
-    "stage 1 without 1/t": ("model.py", "(log_p_of(model, h, x0, masked) / t).sum(-1)", "log_p_of(model, h, x0, masked).sum(-1)", ("test_denoiser_elbo_matches_the_exact_sum",)),
-    "stage 1 sees the answer": ("model.py", "h = model(prompt, x0.masked_fill(masked, model.config.mask))", "h = model(prompt, x0)", ("test_hidden_tokens_get_no_gradient",)),
-    "padding is attended to": ("model.py", "prompt != self.config.pad,", "prompt >= 0,", ("test_padding_the_prompt_changes_nothing",)),
+    "noise in float32": ("sample.py", "dtype=torch.float64) for seed",
+        "dtype=torch.float32) for seed", ("test_the_noise_is_finer_than_float32",)),
+    "noise of the rows that were there before": ("sample.py", "noise[rows]",
+        "noise[: len(rows)]", ("test_a_row_does_not_depend_on_its_batch", "learned", 0.0, "cpu")),
+    "order shown other tokens than are written": ("sample.py", "State(log_p, tokens,",
+        "State(log_p, log_p.argmax(-1),", EOS_LAST),
+    "past turned round": ("sample.py", "[log_p, *past[:1]]", "[*past[:1], log_p]", (*REPLAY, "klass:0.5:0.5", 7)),
+    "past of one step": ("sample.py", "[log_p, *past[:1]]", "[log_p]", (*REPLAY, "klass:0.5:0.5", 7)),
+    "order told the next step": ("sample.py", "masked, t, T, u", "masked, t + 1, T, u", (*REPLAY, "confidence", 4)),
+    "tokens of every position written": ("sample.py", "z[rows] = torch.where(reveal, tokens, z[rows])",
+        "z[rows] = torch.where(masked, tokens, z[rows])", (*REPLAY, "confidence", 4)),
+    "stage 1 without 1/t": ("model.py", "(log_p_of(model, h, x0, masked) / t).sum(-1)",
+        "log_p_of(model, h, x0, masked).sum(-1)", ("test_denoiser_elbo_matches_the_exact_sum",)),
+    "stage 1 sees the answer": ("model.py", "h = model(prompt, x0.masked_fill(masked, model.config.mask))",
+        "h = model(prompt, x0)", ("test_hidden_tokens_get_no_gradient",)),
+    "padding is attended to": ("model.py", "prompt != self.config.pad,",
+        "prompt >= 0,", ("test_padding_the_prompt_changes_nothing",)),
 }
 
 
