@@ -1,121 +1,434 @@
-"""Accuracy against steps, on the test split that belongs to the checkpoint (toy or GSM8K).
+"""Accuracy against steps, for the learned order and every rule, on the checkpoint's own test split.
 
-    python eval_gsm8k.py --orders learned,left_to_right,confidence,iid --steps 1,2,3,4,8,L
+    python eval_gsm8k.py --steps 4 --limit 1000     every order at one budget, minutes
+    python eval_gsm8k.py                            the whole curve
+    python eval_gsm8k.py --plot                     draw what was written, without running anything
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the most probable token.
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
-same denoiser trained on by stage 1's loss for as many network states), so that a rule cannot lose
-because the denoiser was bent towards the learned order.
+same denoiser trained on by stage 1's loss for as many network states), and the better of the two is
+its number, so that a rule cannot lose because the denoiser was bent towards the learned order. An
+order whose knob is not given is tuned: for each checkpoint and budget the knob of highest score on
+validation items (ties: fewer steps) is the one that is reported on test. Budget L is no cap for
+adaptive rules, so there every knob of the sweep is reported. The score is --metric, accuracy or
+coherent, averaged over seeds; its Wilson 95 % interval is over items.
 
-accuracy    "strict": cut at the first EOS or PAD, last `####`, the number right after it, compared as
-            a decimal. An item that does not fit prompt or canvas counts as wrong.
-ci95        Wilson 95 % interval of it, over items
-steps_*     forward passes while a row was unfinished: mean, least and most over rows
-format      answers without a number after `####`
+accuracy    "strict": cut at the first EOS or PAD, last `####`, the number right after it, compared as a
+            decimal. An item that does not fit prompt or canvas counts as wrong
+coherent    accurate, and none of the <<a=b>> is false: did the parallel steps agree with each other?
+steps       forward passes while a row was unfinished: mean (least - most) over rows
+flexible    right if the last number anywhere is; harness: as lm-evaluation-harness' strict-match counts
+format      share of answers without a number after `####`
+equations   share of the generated <<a=b>> that are true
+answers/s   at --batch_size; tokens/s in the JSON count the answer up to EOS
+p           of the learned order against the rule of highest score among those with no more mean steps,
+            paired over items (McNemar, exact). That rule is picked on test, which favours it.
+JSON rows hold besides: the share of EOS and PAD among what each step reveals, the mean step at which
+each kind of token is revealed, the first answers with their orders, and which items were right.
 """
 
 import argparse
+import ast
 import json
 import math
+import operator
+import re
+import subprocess
 import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits
-from model import load_checkpoint, pick_device
-from sample import ORDERS, generate, parse_steps
+from data import NUMBER, TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits
+from model import MDM, load_checkpoint, pick_device, trim
+from orders import ORDERS, Order, parse_order
+from sample import generate, parse_steps, token_text
+
+SPLIT_EVENLY = ["left_to_right", "confidence", "margin", "entropy", "iid", "random"]
+ADAPTIVE = [name for name, rule in ORDERS.items() if rule.knob]
+EVERY_ORDER = ["learned", "learned:0.5", *SPLIT_EVENLY, *ADAPTIVE, "confidence@8", "margin@8", "threshold@8",
+               *(f"{name}+eos_last" for name in [*SPLIT_EVENLY[1:5], *ADAPTIVE]), "oracle"]
 
 
-def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share (Wilson 1927); unlike p +- z*sigma it stays within 0..1."""
-    p, zz = correct / n, z * z / n
-    center, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
+# --- statistics ------------------------------------------------------------------------------------
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a share of n (Wilson 1927); unlike p +- z*sigma it stays within 0..1."""
+    zz = z * z / n
+    center, half = share + zz / 2, z * math.sqrt(share * (1 - share) / n + zz / (4 * n))
     return (center - half) / (1 + zz), (center + half) / (1 + zz)
 
 
-def evaluate(model, enc, items: list[dict], target: str, budget: int, order: str, *, seed: int = 0,
-             greedy_gates: bool = False, batch_size: int = 256) -> dict:
-    """One row of the table: `order` on `items` with at most `budget` steps. Items draw from seed + their
-    index in `items`, so a row does not depend on the batch size."""
-    device, start = next(model.parameters()).device, time.perf_counter()
-    split = encode_split(items, enc, model.config.prompt_len, model.config.answer_len, target)
-    fitting = [i for i, fits in enumerate(split.fits) if fits]
-    texts, steps = [], []
-    for i in range(0, len(fitting), batch_size):
-        out = generate(model, split.prompt[i : i + batch_size].to(device), budget, order, greedy_gates=greedy_gates,
-                       seeds=[seed + j for j in fitting[i : i + batch_size]])
-        texts += [decode(tokens, enc) for tokens in out.tokens.tolist()]
-        steps += out.steps.tolist()
-    correct = sum(is_correct(text, items[i]["answer"]) for text, i in zip(texts, fitting))
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact two-sided p of paired results (N,) bool: are the items where only one is right split evenly?"""
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n = only_a + only_b
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n)
+
+
+# --- ways to count one answer ------------------------------------------------------------------------
+
+def last_number(text: str):
+    """The last number anywhere ("flexible"), read as final_number reads one."""
+    numbers = NUMBER.findall(text)
+    return final_number(f"#### {numbers[-1]}") if numbers else None
+
+
+def harness_match(text: str, answer: str) -> bool:
+    """lm-evaluation-harness, gsm8k strict-match: the first `#### number`, compared as strings without
+    "," and "$" and a final "."."""
+    found = re.search(r"#### (-?[0-9.,]+)", text)
+    strip = lambda number: re.sub(r"\.$", "", re.sub(r"[,$]", "", number)).lower()
+    return bool(found) and strip(found[1]) == strip(answer.split("####")[-1].strip())
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def value_of(expression: str) -> Fraction | None:
+    """Exact value of an expression of numbers, + - * / ( ) and %, or None if it is no such thing. Python's
+    grammar reads it; nothing is executed, and there is no operator whose result could grow without bound."""
+    def walk(node):
+        match node:
+            case ast.Constant():
+                return Fraction(str(node.value))
+            case ast.UnaryOp():
+                return OPERATORS[type(node.op)](walk(node.operand))
+            case ast.BinOp():
+                return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
+        raise ValueError
+
+    text = re.sub(r"([\d.]+)%", r"(\1/100)", expression.replace(",", "").strip())
+    if not re.fullmatch(r"[\d.+\-*/() ]{1,200}", text, re.ASCII):
+        return None
+    try:
+        return walk(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, MemoryError):
+        return None
+
+
+def count_equations(text: str) -> tuple[int, int]:
+    """How many of the <<a=b>> are true, and how many there are. b may be rounded to the decimals it shows."""
+    equations, true = re.findall(r"<<([^<>]*)>>", text), 0
+    for equation in equations:
+        left, _, right = equation.rpartition("=")
+        a, b, decimals = value_of(left), value_of(right), len(right.partition(".")[2])
+        true += a is not None and b is not None and abs(a - b) <= (Fraction(1, 2 * 10**decimals) if decimals else 0)
+    return true, len(equations)
+
+
+def judge(text: str, answer: str) -> dict:
+    """One generated answer against the true one, counted in every way."""
+    true, equations = count_equations(text)
+    strict = is_correct(text, answer)
+    return {"accuracy": strict, "coherent": strict and true == equations, "flexible": last_number(text) == final_number(answer),
+            "harness": harness_match(text, answer), "format_failures": final_number(text) is None, "true": true, "equations": equations}
+
+
+def token_kinds(tokens: list[int], enc) -> list[str]:
+    """What each token is for: operator, operand, result (across the = from the operator), final (after
+    ####), structure, EOS or PAD."""
+    kinds, place = [], "structure"
+    for token in tokens:
+        text = token_text(token, enc)
+        if token >= enc.n_vocab - 3:
+            kinds.append("EOS" if token == enc.n_vocab - 3 else "PAD")
+        elif place == "operand" and text.strip() in ("+", "-", "*", "/"):
+            kinds.append("operator")
+        else:
+            kinds.append(place if re.search(r"\w|[.$%]", text) else "structure")
+        for mark, next_place in (("=", "result"), (">>", "structure"), ("<<", "operand"), ("####", "final")):
+            if mark in text:
+                place = next_place
+    return kinds
+
+
+# --- one row of the table ------------------------------------------------------------------------------
+
+@dataclass
+class Bench:
+    """A model and the items it is measured on, encoded and batched. The first step of every order starts
+    from the all-MASK canvas, so its hidden states are computed once for all of them."""
+    model: MDM
+    enc: object
+    items: list
+    target: str
+    batch_size: int = 64
+
+    @torch.no_grad()
+    def __post_init__(self):
+        config, device, start = self.model.config, next(self.model.parameters()).device, time.perf_counter()
+        split = encode_split(self.items, self.enc, config.prompt_len, config.answer_len, self.target)
+        self.fitting = [i for i, fits in enumerate(split.fits) if fits]
+        self.batches = []  # (indices of items, prompt, x0, hidden states at the all-MASK canvas)
+        for i in range(0, len(self.fitting), self.batch_size):
+            prompt, x0 = (x[i : i + self.batch_size].to(device) for x in (split.prompt, split.x0))
+            first = self.model(trim(prompt, config.pad), torch.full_like(x0, config.mask))
+            self.batches.append((self.fitting[i : i + self.batch_size], prompt, x0, first))
+        self.first_seconds = time.perf_counter() - start
+
+
+def evaluate(bench: Bench, order: Order, budget: int, seeds=(0,), metric: str = "accuracy") -> dict:
+    """`order` with at most `budget` steps; its "score", interval and right items are those of `metric`. Item i draws from seed * 1e6 + i, so that a row does not depend on
+    the batch size. Seconds are those of one seed and include the shared first step."""
+    start, generated = time.perf_counter(), []
+    for seed in seeds:
+        for rows, prompt, x0, first in bench.batches:
+            out = generate(bench.model, prompt, budget, order, seeds=[seed * 10**6 + i for i in rows], x0=x0, first=first)
+            generated += zip([seed] * len(rows), rows, out.tokens.tolist(), out.steps.tolist(), out.reveal_step.tolist())
+    seconds = (time.perf_counter() - start) / len(seeds) + bench.first_seconds
+
+    n, right = len(bench.items), np.zeros((len(seeds), len(bench.items)), dtype=bool)
+    counts, kind_steps, filler, n_tokens = defaultdict(int), defaultdict(list), defaultdict(list), 0
+    for seed, i, tokens, _, reveal_step in generated:
+        for name, value in judge(decode(tokens, bench.enc), bench.items[i]["answer"]).items():
+            counts[name] += value
+            if name == metric:
+                right[seeds.index(seed), i] = value
+        for kind, step in zip(token_kinds(tokens, bench.enc), reveal_step):
+            kind_steps[kind].append(step)
+            filler[step].append(kind in ("EOS", "PAD"))
+            n_tokens += kind != "PAD"
+    steps, mean = [used for *_, used, _ in generated] or [0], lambda values: sum(values) / len(values)
+    share = {name: counts[name] / (n * len(seeds)) for name in ("accuracy", "coherent", "flexible", "harness", "format_failures")}
     return {
-        "order": order + "+greedy" * greedy_gates, "budget": budget, "accuracy": correct / len(items), "ci95": wilson(correct, len(items)),
-        "steps_mean": sum(steps) / max(len(steps), 1), "steps_min": min(steps, default=0), "steps_max": max(steps, default=0),
-        "n": len(items), "does_not_fit": len(items) - len(fitting),
-        "format_failures": sum(final_number(text) is None for text in texts), "seconds": time.perf_counter() - start,
+        "order": str(order), "budget": budget, "n": n, "does_not_fit": n - len(bench.fitting), **share,
+        "score": share[metric], "ci95": wilson(share[metric], n), "score_by_seed": right.mean(1).tolist(),
+        "steps_mean": mean(steps), "steps_min": min(steps), "steps_max": max(steps),
+        "equations_true": counts["true"] / max(counts["equations"], 1), "seconds": seconds,
+        "answers_per_s": len(bench.fitting) / seconds, "tokens_per_s": n_tokens / len(seeds) / seconds,
+        "eos_share": [round(mean(filler[t]), 4) for t in sorted(filler)],
+        "kind_steps": {kind: round(mean(values), 3) for kind, values in sorted(kind_steps.items())},
+        "examples": [{"question": bench.items[i]["question"], "tokens": [token_text(token, bench.enc) for token in tokens],
+                      "reveal_step": reveal_step} for _, i, tokens, _, reveal_step in generated[:3]],
+        "correct": np.packbits(right[0]).tobytes().hex(),
     }
 
 
-HEADER = f"{'order':<15}{'checkpoint':<12}{'budget':>6}{'steps':>8}{'min-max':>9}{'accuracy':>10}{'95 % interval':>16}{'format':>8}{'s':>7}"
+def tune(bench: Bench, order: Order, budget: int, metric: str) -> Order:
+    """The order with the knob of highest score at this budget; ties: fewer steps."""
+    choices = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
+    scores = [(row["score"], -row["steps_mean"]) for row in (evaluate(bench, choice, budget, metric=metric) for choice in choices)]
+    return choices[scores.index(max(scores))]
+
+
+# --- the table -----------------------------------------------------------------------------------------
+
+HEADER = (f"{'order':<28}{'denoiser':<9}{'budget':>6}{'steps':>7}{'min-max':>9}{'score':>7}{'95 %':>14}{'accuracy':>10}{'coherent':>10}"
+          f"{'flexible':>10}{'harness':>9}{'format':>8}{'equations':>11}{'answers/s':>11}")
 
 
 def format_row(row: dict) -> str:
     low, high = row["ci95"]
-    return (f"{row['order']:<15}{Path(row['checkpoint']).stem:<12}{row['budget']:>6}{row['steps_mean']:>8.2f}"
-            f"{row['steps_min']:>5}-{row['steps_max']:<3}{100 * row['accuracy']:>9.1f} %{100 * low:>8.1f} -{100 * high:>5.1f}"
-            f"{row['format_failures']:>8}{row['seconds']:>7.1f}")
+    p = f"   p {row['p']:.1e} against {row['best_rule']}" if "p" in row else ""
+    return (f"{row['order']:<28}{Path(row['checkpoint']).stem:<9}{row['budget']:>6}{row['steps_mean']:>7.2f}"
+            f"{row['steps_min']:>5}-{row['steps_max']:<3}{100 * row['score']:>7.1f}{100 * low:>8.1f} -{100 * high:>5.1f}"
+            f"{100 * row['accuracy']:>9.1f}{100 * row['coherent']:>10.1f}{100 * row['flexible']:>10.1f}{100 * row['harness']:>9.1f}"
+            f"{100 * row['format_failures']:>8.1f}{100 * row['equations_true']:>11.1f}{row['answers_per_s']:>11.0f}{p}")
 
 
-def main(argv=None):
+def is_rule(row: dict) -> bool:
+    return not row["order"].startswith(("learned", "oracle"))
+
+
+def compare(rows: list[dict]):
+    """Set p and best_rule of the learned order's rows."""
+    bits = lambda row: np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), dtype=np.uint8), count=row["n"]).astype(bool)
+    for row in rows:
+        rivals = [r for r in rows if is_rule(r) and r["steps_mean"] <= row["steps_mean"] + 0.005]
+        if row["order"].startswith("learned") and rivals:
+            best = max(rivals, key=lambda r: r["score"])
+            row["best_rule"] = f"{best['order']} ({Path(best['checkpoint']).stem}, {100 * best['score']:.1f} in {best['steps_mean']:.2f})"
+            row["p"] = mcnemar(bits(row), bits(best))
+
+
+def better_denoiser(rows: list[dict]) -> list[dict]:
+    """Of the rows that differ in denoiser only, or in a tuned knob, the one of highest score."""
+    best = {}
+    for row in rows:
+        order = parse_order(row["order"])
+        key = (row["budget"], str(replace(order, knob=())) if ORDERS[order.name].knob else row["order"])
+        if key not in best or row["score"] > best[key]["score"]:
+            best[key] = row
+    return sorted(best.values(), key=lambda row: (row["budget"], -row["score"]))
+
+
+# --- figures -------------------------------------------------------------------------------------------
+
+def frontier(rows: list[dict]) -> list[dict]:
+    """The rows by mean steps, without those that another reaches or beats in no more steps."""
+    kept = []
+    for row in sorted(rows, key=lambda row: (row["steps_mean"], -row["score"])):
+        if not kept or row["score"] > kept[-1]["score"]:
+            kept.append(row)
+    return kept
+
+
+def plot_curve(result: dict, path: Path):
+    """Score against mean steps. A rule's line is the best that its variants and knobs reach on either
+    denoiser with no more than so many steps."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot(xlabel="mean steps per answer", ylabel=f"{result['meta']['args']['metric']}, %", title=result["meta"]["title"])
+    names = sorted({parse_order(row["order"]).name for row in rows}, key=lambda name: (name != "learned", name))
+    for i, name in enumerate(names):
+        points = frontier([row for row in rows if parse_order(row["order"]).name == name])
+        x, y = [row["steps_mean"] for row in points], [100 * row["score"] for row in points]
+        low, high = zip(*(row["ci95"] for row in points))
+        error = [[v - 100 * bound for v, bound in zip(y, low)], [100 * bound - v for v, bound in zip(y, high)]]
+        style = dict(color="black", linewidth=2.5, zorder=3) if name == "learned" else \
+            dict(color=colormaps["tab20"]((i - 1) % 20), linewidth=1.2, linestyle=":" if name == "oracle" else "-")
+        axes.errorbar(x, y, error, label=name + " (sees the answer)" * (name == "oracle"), marker="o", markersize=4, capsize=2, **style)
+    longest = max(row["budget"] for row in rows)
+    ceiling = max((row["score"] for row in rows if is_rule(row) and row["budget"] == longest), default=0)
+    axes.axhline(100 * ceiling, color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest} steps")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def plot_order(result: dict, path: Path):
+    """Position x step, for the same answers in the learned order and by confidence: a token stands where it
+    is revealed. Below, the mean step of each kind of token."""
+    from matplotlib.figure import Figure
+
+    budgets = {row["budget"] for row in result["rows"]}
+    budget = min(budgets, key=lambda budget: (abs(budget - 4), budget))
+    at_budget = [row for row in better_denoiser(result["rows"]) if row["budget"] == budget]  # the best first
+    shown = [rows[0] for name in ("learned", "confidence") if (rows := [r for r in at_budget if parse_order(r["order"]).name == name])]
+    if not shown:
+        return
+    n = len(shown[0]["examples"]) * len(shown)
+    figure = Figure(figsize=(16, 1.5 * n + 3), layout="constrained")
+    *panels, bars = figure.subplots(n + 1, 1, height_ratios=[1.2] * n + [2])
+    for panel, (example, row) in enumerate((i, row) for i in range(len(shown[0]["examples"])) for row in shown):
+        axes, question, tokens = panels[panel], row["examples"][example]["question"], row["examples"][example]["tokens"]
+        step = np.array(row["examples"][example]["reveal_step"])
+        known = np.where(step <= np.arange(1, budget + 1)[:, None], step, np.nan)                  # (T, L)
+        axes.imshow(known, cmap="viridis_r", vmin=0.5, vmax=budget + 1, aspect="auto", alpha=0.6)
+        for position, (text, t) in enumerate(zip(tokens, step)):
+            axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=7, parse_math=False)
+        axes.set(yticks=range(budget), yticklabels=range(1, budget + 1), xticks=[], ylabel=row["order"])
+        if row is shown[0]:
+            axes.set_title(question, fontsize=9, loc="left", parse_math=False)
+    kinds = [kind for kind in ("structure", "result", "operand", "operator", "final", "EOS", "PAD") if kind in shown[0]["kind_steps"]]
+    for i, row in enumerate(shown):
+        place = np.arange(len(kinds)) + (i - (len(shown) - 1) / 2) * 0.4
+        bars.bar(place, [row["kind_steps"].get(kind, np.nan) for kind in kinds], 0.38, label=row["order"], color=["black", "0.6"][i])
+    bars.set(xticks=range(len(kinds)), xticklabels=kinds, ylabel="mean step")
+    bars.legend()
+    figure.savefig(path, dpi=110)
+
+
+# --- the run -------------------------------------------------------------------------------------------
+
+def parse_args(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy against steps.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
     parser.add_argument("--control", default="out/control.pt", help="the control's checkpoint; empty: none")
-    parser.add_argument("--orders", default=",".join(ORDERS), help="comma-separated")
-    parser.add_argument("--steps", default="1,2,3,4,8,L", help="comma-separated budgets; L is the canvas: one token per step for the rules with an even split")
+    parser.add_argument("--orders", default=",".join(EVERY_ORDER), help="comma-separated NAME[:KNOB][@BLOCK][+eos_last]")
+    parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="comma-separated budgets; L is the length of the canvas")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
-    parser.add_argument("--split", default="test", choices=["val", "test"], help="choose knobs on val, report test")
-    parser.add_argument("--seed", type=int, default=0, help="of the gates' draws")
-    parser.add_argument("--greedy_gates", action="store_true", help="open gates with alpha > 1/2 instead of drawing them")
-    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
+    parser.add_argument("--metric", default="accuracy", choices=["accuracy", "coherent"], help="the score: what knobs are chosen for and figures show")
+    parser.add_argument("--split", default="test", choices=["val", "test"], help="what is reported; knobs are chosen on val")
+    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of the orders that draw")
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--data_dir", help="where the GSM8K files are, if not where training found them")
-    parser.add_argument("--json", default="out/eval.json", help="where to write the results")
+    parser.add_argument("--json", default="out/eval.json", help="where to write the results; figures go beside it")
+    parser.add_argument("--plot", action="store_true", help="only draw curve.png and order.png from --json")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
+    if args.limit < 0 or min(args.batch_size, args.tune_items, args.seeds) < 1:
+        raise UserError("need --limit >= 0 and --batch_size, --tune_items, --seeds >= 1")
+    return args
 
-    device = pick_device(args.device)
-    orders, budgets = args.orders.split(","), [parse_steps(s) for s in args.steps.split(",")]
-    unknown = [order for order in orders if order not in ORDERS]
-    if unknown or args.limit < 0 or args.batch_size < 1:
-        raise UserError(f"unknown order {unknown[0]!r}: choose from {', '.join(ORDERS)}" if unknown else "need --limit >= 0 and --batch_size >= 1")
-    model, state = load_checkpoint(args.ckpt, device)
-    config, enc = state["train_config"], build_tokenizer(state["pieces"])
-    models = {args.ckpt: model}
-    if args.control:
-        models[args.control], control_state = load_checkpoint(args.control, device)
-        if control_state["pieces"] != state["pieces"]:
-            raise UserError(f"{args.control} and {args.ckpt} are not from the same run: their tokenizers differ")
-    items = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes={args.split: TOY_SIZES[args.split]})[args.split]
-    items = items[: args.limit or None]
 
-    runs = [(path, order, min(budget, model.config.answer_len)) for order in orders for path in models for budget in budgets
-            if order != "learned" or path == args.ckpt]  # the control's gate head was never trained
-    rows, print_table = [], tqdm.write
-    print_table(f"{config['dataset']}, {args.split} split, {len(items)} items, seed {args.seed}, {device}\n{HEADER}")
-    for path, order, budget in tqdm(runs, disable=None, leave=False):
-        row = evaluate(models[path], enc, items, config["target"], budget, order, seed=args.seed, batch_size=args.batch_size,
-                       greedy_gates=args.greedy_gates and order == "learned")
-        rows.append({"checkpoint": path, **row})
-        print_table(format_row(rows[-1]))
-    if rows and rows[0]["does_not_fit"]:
-        print_table(f"{rows[0]['does_not_fit']} of {len(items)} items are longer than prompt or canvas and count as wrong")
-    meta = {"args": vars(args), "train_config": config, "torch": torch.__version__, "device": str(device)}
+def draw_figures(path: Path):
+    """curve.png and order.png beside the JSON that they are made from."""
+    try:
+        result = json.loads(path.read_text())
+        plot_curve(result, path.parent / "curve.png")
+        plot_order(result, path.parent / "order.png")
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: run `python eval_gsm8k.py` first, or pass --json") from None
+    except (ValueError, KeyError) as e:
+        raise UserError(f"{path} is not a result of this script ({type(e).__name__}: {e})") from e
+
+
+def commit() -> str:
+    """The code's git commit, "+" if files differ from it; empty where there is none."""
+    done = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[dict]:
+    """A row for every order, budget and denoiser. The control's gate head was never trained."""
+    longest, rows = benches[args.ckpt].model.config.answer_len, []
+    budgets = [min(parse_steps(text), longest) for text in args.steps.split(",")]
+    runs = [(budget, text, path) for budget in budgets for text in args.orders.split(",") for path in benches
+            if path == args.ckpt or not text.startswith("learned")]
+    for budget, text, path in tqdm(runs, disable=None, leave=False):
+        order = parse_order(text)
+        choices = [order]
+        if ORDERS[order.name].knob and ":" not in text:
+            sweep = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
+            choices = sweep if budget == longest else [tune(tuning[path], order, budget, args.metric)]
+        draws = order.name in ("iid", "random") or (order.name == "learned" and not order.knob)
+        seeds = range(args.seeds if draws and budget > 1 else 1)
+        rows += [{"checkpoint": path, **evaluate(benches[path], choice, budget, seeds, args.metric)} for choice in choices]
+    compare(rows)
+    return rows
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.plot:
+        draw_figures(Path(args.json))
+        print(f"drew curve.png and order.png in {Path(args.json).parent}")
+        return
+    device, start = pick_device(args.device), time.perf_counter()
+    for text in args.orders.split(","):
+        parse_order(text)
+    for text in args.steps.split(","):
+        parse_steps(text)
+    paths = [path for path in (args.ckpt, args.control) if path]
+    models, states = zip(*[load_checkpoint(path, device) for path in paths])
+    config, enc = states[0]["train_config"], build_tokenizer(states[0]["pieces"])
+    if states[-1]["pieces"] != states[0]["pieces"]:
+        raise UserError(f"{args.control} and {args.ckpt} are not from the same run: their tokenizers differ")
+    sizes = {"val": max(TOY_SIZES["val"], args.tune_items), "test": TOY_SIZES["test"]}
+    splits = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes=sizes)
+    items, tune_items = splits[args.split][: args.limit or None], splits["val"][: args.tune_items]
+    benches = {path: Bench(model, enc, items, config["target"], args.batch_size) for path, model in zip(paths, models)}
+    tuning = {path: Bench(model, enc, tune_items, config["target"], args.batch_size) for path, model in zip(paths, models)}
+
+    rows = run_all(args, benches, tuning)
+    title = f"{config['dataset']}, {args.split} split, {len(items)} items"
+    print(f"{title}, {device}; each rule on the better of {' and '.join(paths)}, in %\n{HEADER}")
+    for row in better_denoiser(rows):
+        print(format_row(row))
+    if rows[0]["does_not_fit"]:
+        print(f"{rows[0]['does_not_fit']} of {len(items)} items are longer than prompt or canvas and count as wrong")
+    meta = {"title": title, "args": vars(args), "train_config": config, "commit": commit(), "torch": torch.__version__,
+            "device": str(device), "threads": torch.get_num_threads(), "seconds": time.perf_counter() - start}
     try:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps({"meta": meta, "rows": rows}, indent=1))
+        Path(args.json).write_text(json.dumps({"meta": meta, "rows": rows}))
+        draw_figures(Path(args.json))
     except OSError as e:
         raise UserError(f"cannot write {args.json}: {e}") from e
-    print_table(f"wrote {args.json}")
+    print(f"wrote {args.json}, curve.png and order.png beside it, in {meta['seconds'] / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

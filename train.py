@@ -42,8 +42,9 @@ import torch
 from tqdm import tqdm
 
 from data import TOY_SIZES, Split, UserError, build_tokenizer, cli, encode_split, frequent_pieces, load_splits
-from eval_gsm8k import HEADER, evaluate, format_row
+from eval_gsm8k import HEADER, Bench, evaluate, format_row
 from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
+from orders import parse_order
 from posterior import OrderPosterior, order_objective
 from sample import generate
 
@@ -327,12 +328,11 @@ def summary(run: Run):
     """Accuracy on validation items: the learned order on its checkpoint, the rules on the control."""
     enc, items = build_tokenizer(run.pieces), run.items["val"][: run.config.table_items]
     print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
-    for order, greedy in (("learned", False), ("learned", True), ("left_to_right", False), ("confidence", False), ("iid", False)):
-        name = "ckpt.pt" if order == "learned" else "control.pt"
-        model, _ = load_checkpoint(run.path(name), run.device)
+    benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], enc, items, run.config.target) for name in ("ckpt.pt", "control.pt")}
+    for name in ("learned", "learned:0.5", "left_to_right", "confidence", "iid"):
+        checkpoint = "ckpt.pt" if name.startswith("learned") else "control.pt"
         for budget in (1, 2, 3, 4, 8, run.config.answer_len):
-            row = evaluate(model, enc, items, run.config.target, budget, order, greedy_gates=greedy)
-            print(format_row({"checkpoint": name, **row}), flush=True)
+            print(format_row({"checkpoint": checkpoint, **evaluate(benches[checkpoint], parse_order(name), budget)}), flush=True)
 
 
 def before(record: dict, resume: dict) -> bool:

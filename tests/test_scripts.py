@@ -10,13 +10,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval_gsm8k
 import sample
 import train
-from data import UserError
+from data import UserError, build_tokenizer, frequent_pieces, load_splits, to_target, toy_split
+from orders import parse_order
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--train_items 64 --n_layer 1 --n_embd 16 --n_head 2 --max_steps_denoiser 12 --max_steps_order 12 --batch_size 4 "
@@ -60,38 +63,131 @@ def test_train_writes_checkpoints_and_a_log(trained):
 def test_sample_prints_every_step_and_the_number(trained, capsys):
     sample.main(["--ckpt", str(trained / "ckpt.pt"), "--steps", "3", "--num_samples", "2", "--order", "confidence"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line] == ["question", "step", "step", "step", "number"] * 2
-    assert "·" in lines[1] and "·" not in lines[3] and "\033" not in lines[1]
-    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--steps", "L", "--num_samples", "1", "--prompt", "Max has 8 eggs <|mask|> 🙂.", "--greedy_gates"])
+    assert [line.split()[0] for line in lines if line] == ["question", "truth", "step", "step", "step", "number"] * 2
+    assert "·" in lines[2] and "·" not in lines[4] and "\033" not in lines[2]
+    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--steps", "L", "--num_samples", "1", "--prompt", "Max has 8 eggs <|mask|> 🙂.", "--order", "learned:0.5"])
     assert "truth" not in capsys.readouterr().out
 
 
-def test_evaluation_writes_the_table(trained, tmp_path, capsys):
-    arguments = ["--ckpt", trained / "ckpt.pt", "--control", trained / "control.pt", "--steps", "1,3,L", "--limit", "5", "--json", tmp_path / "a" / "eval.json"]
-    eval_gsm8k.main([*map(str, arguments)])
-    result = json.loads((tmp_path / "a" / "eval.json").read_text())
-    assert result["meta"]["train_config"]["dataset"] == "toy"
-    rows = result["rows"]
-    assert len(rows) == 3 + 3 * 3 * 2  # the learned order on one checkpoint, three rules on two
+def test_sample_compares_orders_on_the_same_question(trained, capsys):
+    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--steps", "2", "--num_samples", "1", "--compare", "learned,confidence@8,left_to_right"])
+    lines = capsys.readouterr().out.splitlines()[2:-1]
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["step", "step", "number"]
+    assert [name for line in lines for name in ("learned", "confidence@8", "left_to_right") if f" {name} " in line] == ["learned", "confidence@8", "left_to_right"] * 3
+
+
+def test_the_gif_has_a_frame_for_every_step(trained, tmp_path):
+    path = tmp_path / "a" / "order.gif"
+    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--steps", "3", "--num_samples", "1", "--order", "confidence", "--gif", str(path)])
+    with Image.open(path) as image:  # the empty canvas, 3 steps; the finished answer shown for longer may be merged into one frame
+        assert image.is_animated and image.n_frames in (4, 6)
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("eval") / "a" / "eval.json"
+    eval_gsm8k.main(["--ckpt", str(trained / "ckpt.pt"), "--control", str(trained / "control.pt"), "--steps", "1,3,L", "--limit", "5", "--tune_items", "4",
+                     "--seeds", "2", "--orders", "learned,learned:0.5,confidence,iid,threshold,threshold:0.8+eos_last,oracle", "--json", str(path)])
+    return path
+
+
+def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
+    result = json.loads(evaluated.read_text())
+    assert result["meta"]["train_config"]["dataset"] == "toy" and result["meta"]["title"] == "toy, test split, 5 items"
+    # the learned order on one checkpoint, the others on two; a knob that is not given is chosen, and swept where there is no cap
+    rows, sweep = result["rows"], len(eval_gsm8k.ORDERS["threshold"].sweep)
+    assert len(rows) == 3 * (2 + 2 * 4) + 2 * (1 + 1 + sweep)
     for row in rows:
-        assert set(row) >= {"order", "checkpoint", "budget", "accuracy", "ci95", "steps_mean", "steps_min", "steps_max", "n", "format_failures", "seconds"}
-        assert row["n"] == 5 and 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
-        assert row["steps_min"] <= row["steps_mean"] <= row["steps_max"] <= row["budget"]
-    assert len(re.findall(r"(?m)^(?:learned|left_to_right|confidence|iid) ", capsys.readouterr().out)) == len(rows)
+        assert row["n"] == 5 and 0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 1
+        assert row["steps_min"] <= row["steps_mean"] <= row["steps_max"] <= row["budget"] and row["steps_min"] >= 1
+        assert row["coherent"] <= row["accuracy"] <= row["flexible"] and len(row["examples"]) == 3
+        assert row["score"] == row["accuracy"] == pytest.approx(np.mean(row["score_by_seed"])) and len(row["score_by_seed"]) == (2 if row["budget"] > 1 and row["order"] in ("learned", "iid") else 1)
+        assert ("p" in row) == row["order"].startswith("learned")
+        assert max(example["reveal_step"][0] for example in row["examples"]) <= row["steps_max"] and len(row["eos_share"]) == row["steps_max"]
+    assert {row["accuracy"] for row in rows if row["budget"] == 1 and "ckpt" in row["checkpoint"]} == {rows[0]["accuracy"]}  # one step has no order
+
+
+def test_figures_are_drawn_from_the_json_alone(evaluated, tmp_path):
+    (tmp_path / "eval.json").write_text(evaluated.read_text())
+    eval_gsm8k.main(["--plot", "--json", str(tmp_path / "eval.json"), "--ckpt", "absent.pt"])
+    for name in ("curve.png", "order.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 500 and np.asarray(image.convert("L")).std() > 10
+        assert (evaluated.parent / name).exists()
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(trained):
     model, state = eval_gsm8k.load_checkpoint(trained / "ckpt.pt")
-    items, enc = eval_gsm8k.load_splits("toy", toy_sizes={"test": 7})["test"], eval_gsm8k.build_tokenizer(state["pieces"])
-    items = [*items, {"question": "long " * 99, "answer": "#### 1"}]  # does not fit: wrong, and counted
-    a, b = (eval_gsm8k.evaluate(model, enc, items, "equations", 4, "learned", batch_size=n) for n in (2, 100))
-    assert {**a, "seconds": 0} == {**b, "seconds": 0} and a["n"] == 8 and a["does_not_fit"] == 1
+    items, enc = [*load_splits("toy", toy_sizes={"test": 7})["test"], {"question": "long " * 99, "answer": "#### 1"}], build_tokenizer(state["pieces"])
+    for order in ("learned", "iid", "klass", "confidence@8+eos_last"):  # the last item does not fit: wrong, and counted
+        rows = [eval_gsm8k.evaluate(eval_gsm8k.Bench(model, enc, items, "equations", n), parse_order(order), 4, seeds=(0, 1)) for n in (2, 100)]
+        for row in rows:
+            assert row["n"] == 8 and row["does_not_fit"] == 1
+            for name in ("seconds", "answers_per_s", "tokens_per_s"):
+                del row[name]
+        assert rows[0] == rows[1]
+
+
+def test_the_shared_first_step_changes_nothing(trained):
+    model, _ = eval_gsm8k.load_checkpoint(trained / "ckpt.pt")
+    prompt = torch.randint(9, (4, model.config.prompt_len))
+    first = model(prompt, torch.full((4, model.config.answer_len), model.config.mask))
+    a, b = (sample.generate(model, prompt, 3, "confidence", first=x) for x in (None, first))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.reveal_step, b.reveal_step)
+
+
+def test_mcnemar_is_the_exact_sign_test_of_the_items_that_differ():
+    a, b = np.array([True] * 9 + [False] * 3), np.array([True] * 4 + [False] * 5 + [True] + [False] * 2)
+    assert eval_gsm8k.mcnemar(a, b) == pytest.approx(2 * (1 + 6) / 2**6)  # 5 against 1
+    assert eval_gsm8k.mcnemar(a, a) == 1 and eval_gsm8k.mcnemar(a, b) == eval_gsm8k.mcnemar(b, a)
+
+
+@pytest.mark.parametrize("expression, value", [
+    ("1+2*3", 7), ("(1+2)*3", 9), ("-4/8", "-1/2"), ("2--3", 5), ("50%*20", 10), ("20*(5%)", 1), ("1,000/4", 250), (".5+0.25", "3/4"), ("0.1+0.2", "3/10"),
+    (" 7 ", 7), ("", None), ("1/0", None), ("x+1", None), ("2**9", None), ("7//2", None), ("(2)(3)", None), ("(1", None), ("1e5", None), ("9" * 300, None),
+    ("(" * 150 + "1" + ")" * 150, None), ("__import__('os')", None), ("٣+1", None), ("1_0", None), ("1 2", None)])
+def test_expressions_are_valued_exactly_and_never_run(expression, value):
+    assert eval_gsm8k.value_of(expression) == (None if value is None else eval_gsm8k.Fraction(value))
+
+
+@pytest.mark.parametrize("text, counts", [
+    ("<<1+2=3>> <<3=5-2>> <<2*2=5>> #### 5", (2, 3)), ("<<10/3=3.33>> <<10/3=3.3>> <<10/3=3>>", (2, 3)), ("<<2=>> <<=2>> <<5>> <<>>", (0, 4)),
+    ("no equation", (0, 0)), ("<<1+1=2", (0, 0)), ("<<1+1=1+1=2>>", (0, 1))])
+def test_true_equations_are_counted(text, counts):
+    assert eval_gsm8k.count_equations(text) == counts
+
+
+@pytest.mark.parametrize("text, strict, flexible, harness, format_failure", [
+    ("so #### 18", True, True, True, False), ("#### 18.00", True, True, False, False), ("#### $18", True, True, False, False),
+    ("#### 18. #### 7", False, False, True, False), ("the answer is 18", False, True, False, True), ("####18", True, True, False, False),
+    ("#### eighteen 18", False, True, False, True), ("", False, False, False, True), ("#### 1,8", True, True, True, False), ("#### 17", False, False, False, False)])
+def test_the_ways_to_count_an_answer(text, strict, flexible, harness, format_failure):
+    verdict = eval_gsm8k.judge(text, "<<9+9=18>> #### 18")
+    assert [verdict[name] for name in ("accuracy", "flexible", "harness", "format_failures")] == [strict, flexible, harness, format_failure]
+
+
+def test_coherent_means_right_without_a_false_equation():
+    assert eval_gsm8k.judge("<<9+9=18>> #### 18", "#### 18")["coherent"]
+    assert not eval_gsm8k.judge("<<9+8=18>> #### 18", "#### 18")["coherent"] and not eval_gsm8k.judge("<<9+9=18>> #### 17", "#### 18")["coherent"]
+
+
+def test_token_kinds():
+    items = [{"question": "q", "answer": "<<3+4=7>> <<12/2=6>> #### 13"}]
+    enc = build_tokenizer(frequent_pieces(items, "equations"))
+    tokens = enc.encode_ordinary(to_target(items[0]["answer"], "equations")) + [enc.n_vocab - 3, enc.n_vocab - 2]
+    equation = ["operand", "operator", "operand", "structure", "result"]
+    assert eval_gsm8k.token_kinds(tokens, enc) == ["structure", *equation, "structure", "operand", *equation, "structure", "final", "final", "EOS", "PAD"]
+
+
+def test_the_frontier_keeps_what_no_cheaper_row_reaches():
+    rows = [{"steps_mean": s, "score": a} for s, a in [(4, 0.5), (2, 0.4), (3, 0.4), (2, 0.3), (8, 0.6), (9, 0.6)]]
+    assert [(row["steps_mean"], row["score"]) for row in eval_gsm8k.frontier(rows)] == [(2, 0.4), (4, 0.5), (8, 0.6)]
 
 
 def test_wilson_interval():
-    low, high = eval_gsm8k.wilson(29, 100)
+    low, high = eval_gsm8k.wilson(0.29, 100)
     assert abs(low - 0.2101) < 1e-3 and abs(high - 0.3854) < 1e-3
-    assert eval_gsm8k.wilson(0, 10)[0] == 0 and eval_gsm8k.wilson(10, 10)[1] == pytest.approx(1)
+    assert eval_gsm8k.wilson(0, 10)[0] == 0 and eval_gsm8k.wilson(1, 10)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("stop_after", [3, 12, 17, 30])
@@ -164,7 +260,9 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
     (sample, ["--steps", "0"], "steps must be"), (sample, ["--steps", "four"], "steps must be"), (sample, ["--steps", "-1"], "steps must be"),
     (sample, ["--order", "best"], "unknown order 'best': choose from learned"), (sample, ["--prompt", ""], "1 to 36 tokens"),
     (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 36 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
-    (sample, ["--temperature", "-1"], "temperature"),
+    (sample, ["--temperature", "-1"], "temperature"), (sample, ["--order", "oracle"], "true answer"), (sample, ["--compare", "learned,best"], "unknown order"),
+    (sample, ["--gif", "/dev/null/x.gif", "--num_samples", "1"], "cannot write"), (eval_gsm8k, ["--plot", "--json", "absent.json"], "absent.json not found"),
+    (eval_gsm8k, ["--seeds", "0"], "seeds"), (eval_gsm8k, ["--orders", "threshold:high"], "cannot read order"),
     (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
     (eval_gsm8k, ["--limit", "-1"], "limit"), (eval_gsm8k, ["--limit", "1", "--steps", "1", "--control", "", "--json", "/dev/null/x.json"], "cannot write")])
 def test_bad_arguments(trained, main, arguments, message):
