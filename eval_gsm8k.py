@@ -127,8 +127,9 @@ def judge(text: str, answer: str) -> dict:
     """One generated answer against the true one, counted in every way."""
     true, equations = count_equations(text)
     strict = is_correct(text, answer)
-    return {"accuracy": strict, "coherent": strict and true == equations, "flexible": last_number(text) == final_number(answer),
-            "harness": harness_match(text, answer), "format_failures": final_number(text) is None, "true": true, "equations": equations}
+    return {"accuracy": strict, "coherent": strict and true == equations, "true": true, "equations": equations,
+            "flexible": last_number(text) == final_number(answer), "harness": harness_match(text, answer),
+            "format_failures": final_number(text) is None}
 
 
 def token_kinds(tokens: list[int], enc) -> list[str]:
@@ -175,8 +176,9 @@ class Bench:
 
 
 def evaluate(bench: Bench, order: Order, budget: int, seeds=(0,), metric: str = "accuracy") -> dict:
-    """`order` with at most `budget` steps; its "score", interval and right items are those of `metric`. Item i draws from seed * 1e6 + i, so that a row does not depend on
-    the batch size. Seconds are those of one seed and include the shared first step."""
+    """`order` with at most `budget` steps; "score", "ci95" and "correct" are those of `metric`. Item i draws from
+    seed * 1e6 + i, so that a row does not depend on the batch size. Seconds are those of one seed and include
+    the shared first step."""
     start, generated = time.perf_counter(), []
     for seed in seeds:
         for rows, prompt, x0, first in bench.batches:
@@ -239,12 +241,13 @@ def is_rule(row: dict) -> bool:
 
 def compare(rows: list[dict]):
     """Set p and best_rule of the learned order's rows."""
-    bits = lambda row: np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), dtype=np.uint8), count=row["n"]).astype(bool)
+    bits = lambda row: np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8), count=row["n"]).astype(bool)
     for row in rows:
         rivals = [r for r in rows if is_rule(r) and r["steps_mean"] <= row["steps_mean"] + 0.005]
         if row["order"].startswith("learned") and rivals:
             best = max(rivals, key=lambda r: r["score"])
-            row["best_rule"] = f"{best['order']} ({Path(best['checkpoint']).stem}, {100 * best['score']:.1f} in {best['steps_mean']:.2f})"
+            row["best_rule"] = (f"{best['order']} ({Path(best['checkpoint']).stem}, "
+                                f"{100 * best['score']:.1f} in {best['steps_mean']:.2f})")
             row["p"] = mcnemar(bits(row), bits(best))
 
 
@@ -283,11 +286,11 @@ def plot_curve(result: dict, path: Path):
     for i, name in enumerate(names):
         points = frontier([row for row in rows if parse_order(row["order"]).name == name])
         x, y = [row["steps_mean"] for row in points], [100 * row["score"] for row in points]
-        low, high = zip(*(row["ci95"] for row in points))
-        error = [[v - 100 * bound for v, bound in zip(y, low)], [100 * bound - v for v, bound in zip(y, high)]]
+        error = 100 * np.abs(np.array([row["ci95"] for row in points]).T - [row["score"] for row in points])       # (2, points)
         style = dict(color="black", linewidth=2.5, zorder=3) if name == "learned" else \
             dict(color=colormaps["tab20"]((i - 1) % 20), linewidth=1.2, linestyle=":" if name == "oracle" else "-")
-        axes.errorbar(x, y, error, label=name + " (sees the answer)" * (name == "oracle"), marker="o", markersize=4, capsize=2, **style)
+        label = name + " (sees the answer)" * (name == "oracle")
+        axes.errorbar(x, y, error, label=label, marker="o", markersize=4, capsize=2, **style)
     longest = max(row["budget"] for row in rows)
     ceiling = max((row["score"] for row in rows if is_rule(row) and row["budget"] == longest), default=0)
     axes.axhline(100 * ceiling, color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest} steps")
@@ -317,7 +320,7 @@ def plot_order(result: dict, path: Path):
         known = np.where(step <= np.arange(1, budget + 1)[:, None], step, np.nan)                  # (T, L)
         axes.imshow(known, cmap="viridis_r", vmin=0.5, vmax=budget + 1, aspect="auto", alpha=0.6)
         for position, (text, t) in enumerate(zip(tokens, step)):
-            axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=7, parse_math=False)
+            axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=min(7, 24 / len(text)), parse_math=False)
         axes.set(yticks=range(budget), yticklabels=range(1, budget + 1), xticks=[], ylabel=row["order"])
         if row is shown[0]:
             axes.set_title(question, fontsize=9, loc="left", parse_math=False)
@@ -340,7 +343,8 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="comma-separated budgets; L is the length of the canvas")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
     parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
-    parser.add_argument("--metric", default="accuracy", choices=["accuracy", "coherent"], help="the score: what knobs are chosen for and figures show")
+    parser.add_argument("--metric", default="accuracy", choices=["accuracy", "coherent"],
+                        help="the score: what knobs are chosen for and figures show")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="what is reported; knobs are chosen on val")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of the orders that draw")
     parser.add_argument("--batch_size", type=int, default=64)

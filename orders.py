@@ -18,6 +18,7 @@ Here p^i is the token head's distribution at position i, c^i its largest probabi
 in nats. alpha^i is the gate head's.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
@@ -33,7 +34,7 @@ class State:
     log_p: torch.Tensor        # (B, L, V) log-probabilities of the token head, float32
     tokens: torch.Tensor       # (B, L) the token that a position takes if it is revealed now
     gate_logits: torch.Tensor  # (B, L) logits of alpha
-    masked: torch.Tensor       # (B, L) True where the order may reveal
+    masked: torch.Tensor       # (B, L) True where the order may reveal, at least one in every row
     t: int                     # this step, 1..T
     T: int                     # step budget, at most L
     u_gate: torch.Tensor       # (B, L) uniform noise, fresh every step
@@ -136,7 +137,7 @@ def oracle(state: State):
 def iid(state: State):
     """Each position opens with probability 1 / (T - t + 1) at step t: the same as one uniform reveal time
     in 1..T per position, drawn beforehand. Jumping to the earliest time at which anything opens skips
-    the empty steps, and they are not counted."""
+    the empty steps, and they are not counted. In blocks, or with EOS last, each group has its own T times."""
     time = (state.u_row * state.T).long().masked_fill(~state.front, state.T)
     return time == time.amin(-1, keepdim=True)
 
@@ -215,7 +216,8 @@ class Order:
     eos_last: bool = False
 
     def __str__(self):
-        return ":".join([self.name, *(f"{k:g}" for k in self.knob)]) + f"@{self.block}" * (self.block < 10**9) + "+eos_last" * self.eos_last
+        knobs, block = "".join(f":{k:.15g}" for k in self.knob), f"@{self.block}" * (self.block < 10**9)
+        return self.name + knobs + block + "+eos_last" * self.eos_last
 
     def __call__(self, state: State, eos: int):
         """(B, L) bool: what to reveal now. eos: EOS is token V-2, PAD V-1."""
@@ -228,21 +230,22 @@ class Order:
 
 def parse_order(text: str) -> Order:
     """The order that a name stands for. Raises UserError for an unknown name or a bad knob."""
-    base, *flag = text.strip().split("+")
-    base, *block = base.split("@")
-    name, *knob = base.split(":")
+    text = text.strip()
+    name = re.match(r"\w*", text)[0]
     if name not in ORDERS:
-        raise UserError(f"unknown order {name!r}: choose from {', '.join(ORDERS)}")
+        raise UserError(f"unknown order {text!r}: choose from {', '.join(ORDERS)}")
     rule = ORDERS[name]
-    sizes = {len(k) for k in (rule.knob, *rule.sweep)}
     try:
-        values, size = tuple(float(k) for k in knob) or rule.knob, int(block[0]) if block else 10**9
-        if len(values) not in sizes or not all(0 <= v < float("inf") for v in values) or size < 1 or len(block) > 1 or flag not in ([], ["eos_last"]):
+        match = re.fullmatch(r"\w+((?::[^:@]+?)*)(?:@(\d+))?(\+eos_last)?", text, re.ASCII)
+        if match is None:
+            raise ValueError
+        values, size = tuple(float(k) for k in match[1].split(":")[1:]) or rule.knob, int(match[2] or 10**9)
+        if len(values) not in {len(k) for k in (rule.knob, *rule.sweep)} or not all(0 <= v < float("inf") for v in values) or size < 1:
             raise ValueError
     except ValueError:
-        example = ":".join([name, *(f"{k:g}" for k in rule.sweep[-1] if rule.sweep)]) if rule.sweep else name
+        example = ":".join([name, *(f"{k:g}" for k in rule.sweep[-1])]) if rule.sweep else name
         raise UserError(f"cannot read order {text!r}: write it like {example}, {example}@8 or {example}+eos_last") from None
-    return Order(name, values, size, flag == ["eos_last"])
+    return Order(name, values, min(size, 10**9), bool(match[3]))
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------

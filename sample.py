@@ -124,7 +124,7 @@ def save_gif(path: str, question: str, tokens, reveal_step, enc, columns: int = 
     from matplotlib.patches import Rectangle
 
     lines, last = -(-len(tokens) // columns), max(reveal_step)
-    figure = Figure(figsize=(columns * 0.45, lines * 0.45 + 1.1))
+    figure = Figure(figsize=(columns * 0.45, lines * 0.45 + 0.8))
     FigureCanvasAgg(figure)
     writer = PillowWriter(fps=1)
     try:
@@ -134,14 +134,16 @@ def save_gif(path: str, question: str, tokens, reveal_step, enc, columns: int = 
                 figure.clear()
                 figure.text(0.01, 0.98, textwrap.fill(question, columns * 5), va="top", parse_math=False)
                 figure.text(0.99, 0.02, f"step {t} of {last}", ha="right")
-                axes = figure.add_axes((0, 0.08, 1, lines * 0.45 / figure.get_figheight()), xlim=(0, columns), ylim=(lines, 0))
+                axes = figure.add_axes((0, 0.11, 1, lines * 0.45 / figure.get_figheight()), xlim=(0, columns), ylim=(lines, 0))
                 axes.axis("off")
                 for i, (token, step) in enumerate(zip(tokens, reveal_step)):
                     row, column = divmod(i, columns)
                     shade = colormaps["viridis"](0.95 - 0.6 * (step - 1) / max(last - 1, 1)) if step <= t else "0.85"
                     axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, color=shade))
                     if step <= t:
-                        axes.text(column + 0.5, row + 0.5, token_text(token, enc).strip(), ha="center", va="center", fontsize=8, parse_math=False)
+                        text = token_text(token, enc).strip()
+                        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=min(9, 32 / len(text or " ")),
+                                  color="white" if 2 * step > last else "black", parse_math=False)
                 writer.grab_frame()
     except OSError as e:
         raise UserError(f"cannot write {path}: {e}") from e
@@ -178,7 +180,8 @@ def main(argv=None):
     if args.num_samples < 1:
         raise UserError(f"--num_samples must be at least 1, got {args.num_samples}")
     if args.prompt is None:
-        items = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes={"val": args.num_samples})["val"][: args.num_samples]
+        splits = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes={"val": args.num_samples})
+        items = splits["val"][: args.num_samples]
     else:
         items = [{"question": args.prompt.strip(), "answer": None}] * args.num_samples
     prompts = [encode_prompt(item["question"], enc, model.config.prompt_len) for item in items]

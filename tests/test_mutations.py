@@ -60,6 +60,7 @@ LEARNED = ("test_learned_samples_follow_eq_1_and_2", 2)
 IID = ("test_iid_samples_follow_uniform_reveal_times", 2)
 RANDOM = ("test_random_samples_follow_a_shuffle", 3)
 REPLAY = ("test_every_step_is_the_order_s_choice_at_the_model_s_state",)
+PASSES = ("test_steps_are_the_forward_passes_that_a_row_takes_part_in", "threshold")
 CONFIDENCE = ("test_confidence_takes_the_most_probable",)
 MARGIN = ("test_margin_takes_the_largest_lead_of_the_first_token_over_the_second", "")
 ORACLE = ("test_oracle_takes_the_most_probable_true_token", "")
@@ -180,6 +181,7 @@ MUTATIONS = {
         "noise[: len(rows)]", ("test_a_row_does_not_depend_on_its_batch", "learned", 0.0, "cpu")),
     "order shown other tokens than are written": ("sample.py", "State(log_p, tokens,",
         "State(log_p, log_p.argmax(-1),", EOS_LAST),
+    "rows that are done stay": ("sample.py", "(masked & ~reveal).any(-1)", "masked.any(-1)", PASSES),
     "past turned round": ("sample.py", "[log_p, *past[:1]]", "[*past[:1], log_p]", (*REPLAY, "klass:0.5:0.5", 7)),
     "past of one step": ("sample.py", "[log_p, *past[:1]]", "[log_p]", (*REPLAY, "klass:0.5:0.5", 7)),
     "order told the next step": ("sample.py", "masked, t, T, u", "masked, t + 1, T, u", (*REPLAY, "confidence", 4)),

@@ -151,6 +151,17 @@ def test_left_to_right_splits_evenly():
     assert generate(TableModel(L=7), prompts(1), 3, "left_to_right").reveal_step[0].tolist() == [1, 1, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("order", RULES)
+def test_steps_are_the_forward_passes_that_a_row_takes_part_in(order):
+    """Rows that are done leave the batch: over all passes, as many rows go through the model as steps are counted."""
+    model, rows = model_of(7), []
+    prompt, x0 = torch.randint(9, (8, 11), generator=torch.Generator().manual_seed(0)).split([4, 7], dim=1)
+    hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[1])))
+    out = generate(model, prompt, 7, order, x0=x0)
+    hook.remove()
+    assert rows == [(out.steps >= t).sum() for t in range(1, out.steps.max() + 1)]
+
+
 def test_hidden_states_at_hand_replace_the_first_pass_and_nothing_else():
     model, prompt = model_of(5), torch.randint(9, (8, 4), generator=torch.Generator().manual_seed(0))
     first = model(prompt, torch.full((8, 5), model.config.mask))
