@@ -80,7 +80,7 @@ class Config:
     lr_matrix: float = arg(0.02, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(650, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(1300, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(4, "orders per example; the control's batch is batch_size_order * K")
     T: int = arg(4, "step budget that the order is learned for")
