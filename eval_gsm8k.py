@@ -2,7 +2,8 @@
 
     python eval_gsm8k.py --steps 4 --limit 1000     every order at one budget, minutes
     python eval_gsm8k.py                            the whole curve
-    python eval_gsm8k.py --plot                     draw what was written, without running anything
+    python eval_gsm8k.py --plot                     draw what was written, without running anything;
+                                                    --json a.json,b.json draws the rows of both
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the most probable token.
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
@@ -350,7 +351,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--data_dir", help="where the GSM8K files are, if not where training found them")
     parser.add_argument("--json", default="out/eval.json", help="where to write the results; figures go beside it")
-    parser.add_argument("--plot", action="store_true", help="only draw curve.png and order.png from --json")
+    parser.add_argument("--plot", action="store_true", help="only draw curve.png and order.png from --json, here a comma-separated list")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
     if args.limit < 0 or min(args.batch_size, args.tune_items, args.seeds) < 1:
@@ -358,16 +359,22 @@ def parse_args(argv) -> argparse.Namespace:
     return args
 
 
-def draw_figures(path: Path):
-    """curve.png and order.png beside the JSON that they are made from."""
-    try:
-        result = json.loads(path.read_text())
-        plot_curve(result, path.parent / "curve.png")
-        plot_order(result, path.parent / "order.png")
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: run `python eval_gsm8k.py` first, or pass --json") from None
-    except (ValueError, KeyError) as e:
-        raise UserError(f"{path} is not a result of this script ({type(e).__name__}: {e})") from e
+def draw_figures(paths: list[Path]):
+    """curve.png and order.png beside the first of the JSON files whose rows they show."""
+    rows, metrics = [], set()
+    for path in paths:
+        try:
+            result = json.loads(path.read_text())
+            rows, meta = rows + result["rows"], result["meta"]
+            metrics.add(meta["args"]["metric"])
+        except FileNotFoundError:
+            raise UserError(f"{path} not found: run `python eval_gsm8k.py` first, or pass --json") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path} is not a result of this script ({type(e).__name__}: {e})") from e
+    if len(metrics) > 1:
+        raise UserError(f"one figure shows one --metric, not {' and '.join(sorted(metrics))}")
+    plot_curve({"rows": rows, "meta": meta}, paths[0].parent / "curve.png")
+    plot_order({"rows": rows, "meta": meta}, paths[0].parent / "order.png")
 
 
 def commit() -> str:
@@ -398,8 +405,9 @@ def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[d
 def main(argv=None):
     args = parse_args(argv)
     if args.plot:
-        draw_figures(Path(args.json))
-        print(f"drew curve.png and order.png in {Path(args.json).parent}")
+        paths = [Path(path) for path in args.json.split(",")]
+        draw_figures(paths)
+        print(f"drew curve.png and order.png in {paths[0].parent}")
         return
     device, start = pick_device(args.device), time.perf_counter()
     for text in args.orders.split(","):
@@ -429,7 +437,7 @@ def main(argv=None):
     try:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps({"meta": meta, "rows": rows}))
-        draw_figures(Path(args.json))
+        draw_figures([Path(args.json)])
     except OSError as e:
         raise UserError(f"cannot write {args.json}: {e}") from e
     print(f"wrote {args.json}, curve.png and order.png beside it, in {meta['seconds'] / 60:.1f} minutes")

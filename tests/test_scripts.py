@@ -114,6 +114,9 @@ def test_figures_are_drawn_from_the_json_alone(evaluated, tmp_path):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 500 and np.asarray(image.convert("L")).std() > 10
         assert (evaluated.parent / name).exists()
+    drawn = (tmp_path / "curve.png").read_bytes()
+    eval_gsm8k.main(["--plot", "--json", f"{tmp_path / 'eval.json'},{evaluated}"])  # the same rows twice
+    assert (tmp_path / "curve.png").read_bytes() == drawn
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(trained):
@@ -262,6 +265,7 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
     (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 36 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
     (sample, ["--temperature", "-1"], "temperature"), (sample, ["--order", "oracle"], "true answer"), (sample, ["--compare", "learned,best"], "unknown order"),
     (sample, ["--gif", "/dev/null/x.gif", "--num_samples", "1"], "cannot write"), (eval_gsm8k, ["--plot", "--json", "absent.json"], "absent.json not found"),
+    (eval_gsm8k, ["--plot", "--json", str(ROOT / "README.md")], "not a result of this script"),
     (eval_gsm8k, ["--seeds", "0"], "seeds"), (eval_gsm8k, ["--orders", "threshold:high"], "cannot read order"),
     (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
     (eval_gsm8k, ["--limit", "-1"], "limit"), (eval_gsm8k, ["--limit", "1", "--steps", "1", "--control", "", "--json", "/dev/null/x.json"], "cannot write")])
