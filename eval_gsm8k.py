@@ -39,6 +39,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,8 @@ from sample import generate, parse_steps, token_text
 
 SPLIT_EVENLY = ["left_to_right", "confidence", "margin", "entropy", "iid", "random"]
 ADAPTIVE = [name for name, rule in ORDERS.items() if rule.knob]
-EVERY_ORDER = ["learned", "learned:0.5", *SPLIT_EVENLY, *ADAPTIVE, "confidence@8", "margin@8", "threshold@8",
-               *(f"{name}+eos_last" for name in [*SPLIT_EVENLY[1:5], *ADAPTIVE]), "oracle"]
+EVERY_ORDER = ["learned", "learned:0.5", *SPLIT_EVENLY, *ADAPTIVE, "oracle", "confidence@8",
+               *(f"{name}+eos_last" for name in ("confidence", "iid", *ADAPTIVE[:4]))]
 
 
 # --- statistics ------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
+@lru_cache(maxsize=100_000)
 def value_of(expression: str) -> Fraction | None:
     """Exact value of an expression of numbers, + - * / ( ) and %, or None if it is no such thing. Python's
     grammar reads it; nothing is executed, and there is no operator whose result could grow without bound."""
@@ -133,21 +135,27 @@ def judge(text: str, answer: str) -> dict:
             "format_failures": final_number(text) is None}
 
 
+@lru_cache(maxsize=100_000)
+def role(text: str) -> tuple[bool, str | None]:
+    """Is a token part of a number or word, or only a mark? And what stands after it, if it is a mark of places?"""
+    places = {"=": "result", ">>": "structure", "<<": "operand", "####": "final"}
+    after = max((mark for mark in places if mark in text), key=text.rfind, default=None)
+    return bool(re.search(r"\w|[.$%]", text)), places.get(after)
+
+
 def token_kinds(tokens: list[int], enc) -> list[str]:
-    """What each token is for: operator, operand, result (across the = from the operator), final (after
-    ####), structure, EOS or PAD."""
-    kinds, place = [], "structure"
+    """What each token is for: operator, operand, result (after the =), final (after ####), structure, EOS or PAD."""
+    kinds, place, end = [], "structure", enc.n_vocab - 3
     for token in tokens:
         text = token_text(token, enc)
-        if token >= enc.n_vocab - 3:
-            kinds.append("EOS" if token == enc.n_vocab - 3 else "PAD")
+        written, next_place = role(text)
+        if token >= end:
+            kinds.append("EOS" if token == end else "PAD")
         elif place == "operand" and text.strip() in ("+", "-", "*", "/"):
             kinds.append("operator")
         else:
-            kinds.append(place if re.search(r"\w|[.$%]", text) else "structure")
-        for mark, next_place in (("=", "result"), (">>", "structure"), ("<<", "operand"), ("####", "final")):
-            if mark in text:
-                place = next_place
+            kinds.append(place if written else "structure")
+        place = next_place or place
     return kinds
 
 
