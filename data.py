@@ -12,9 +12,10 @@ The toy is built so that the order of generation matters (its numbers are in the
 - each equation needs the result of the one before, and a shallow network cannot compute a long
   chain in one pass, so results have to be revealed over several steps;
 - the two people do not depend on each other, so both chains can be written at the same time, which
-  neither left to right nor a rule that looks at one position at a time knows;
+  left to right cannot do;
 - + and * write their operands in either order with probability 1/2: each operand alone is
-  uncertain, together they are tied, so revealing both in the same step is wrong half of the time;
+  uncertain, together they are tied, so revealing both in the same step is wrong half of the time. A
+  rule that looks at one position at a time cannot tell them from two that are uncertain but unrelated;
 - answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
 
 A sequence is `[question PAD .. PAD | answer EOS PAD .. PAD]`: the prompt is padded to `prompt_len`,

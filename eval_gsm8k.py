@@ -7,23 +7,25 @@
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the most probable token.
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
-same denoiser trained on by stage 1's loss for as many network states), and the better of the two is
-its number, so that a rule cannot lose because the denoiser was bent towards the learned order. An
-order whose knob is not given is tuned: for each checkpoint and budget the knob of highest score on
-validation items (ties: fewer steps) is the one that is reported on test. Budget L is no cap for
+same denoiser trained on by stage 1's loss for as many network states), and the better of the two on
+test is its number, so that a rule cannot lose because the denoiser was bent towards the learned
+order. A rule whose knob is not given is tuned: for each checkpoint and budget the knob of highest
+score on validation items (ties: fewer steps) is the one that is reported. Budget L is no cap for
 adaptive rules, so there every knob of the sweep is reported. The score is --metric, accuracy or
 coherent, averaged over seeds; its Wilson 95 % interval is over items.
 
 accuracy    "strict": cut at the first EOS or PAD, last `####`, the number right after it, compared as a
             decimal. An item that does not fit prompt or canvas counts as wrong
-coherent    accurate, and none of the <<a=b>> is false: did the parallel steps agree with each other?
+coherent    accurate, and no <<a=b>> is false or broken: did the parallel steps agree with each other?
+            (An accurate answer without any equation counts; the toy has none.)
 steps       forward passes while a row was unfinished: mean (least - most) over rows
 flexible    right if the last number anywhere is; harness: as lm-evaluation-harness' strict-match counts
 format      share of answers without a number after `####`
-equations   share of the generated <<a=b>> that are true
+equations   share of the generated <<a=b>> that are true, of those that can be read
 answers/s   at --batch_size; tokens/s in the JSON count the answer up to EOS
 p           of the learned order against the rule of highest score among those with no more mean steps,
-            paired over items (McNemar, exact). That rule is picked on test, which favours it.
+            paired over items (McNemar, exact; orders that draw: their first seed). That rule is picked on
+            test, which favours it.
 JSON rows hold besides: the share of EOS and PAD among what each step reveals, the mean step at which
 each kind of token is revealed, the first answers with their orders, and which items were right.
 """
@@ -51,10 +53,9 @@ from model import MDM, load_checkpoint, pick_device, trim
 from orders import ORDERS, Order, parse_order
 from sample import generate, parse_steps, token_text
 
-SPLIT_EVENLY = ["left_to_right", "confidence", "margin", "entropy", "iid", "random"]
-ADAPTIVE = [name for name, rule in ORDERS.items() if rule.knob]
-EVERY_ORDER = ["learned", "learned:0.5", *SPLIT_EVENLY, *ADAPTIVE, "oracle", "confidence@8",
-               *(f"{name}+eos_last" for name in ("confidence", "iid", *ADAPTIVE[:4]))]
+EVERY_ORDER = ("learned,learned:0.5,left_to_right,random,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
+               "low_entropy,klass,oracle,confidence@8,confidence+eos_last,iid+eos_last,threshold+eos_last,factor+eos_last,"
+               "entropy_bound+eos_last,low_entropy+eos_last")
 
 
 # --- statistics ------------------------------------------------------------------------------------
@@ -129,8 +130,8 @@ def count_equations(text: str) -> tuple[int, int]:
 def judge(text: str, answer: str) -> dict:
     """One generated answer against the true one, counted in every way."""
     true, equations = count_equations(text)
-    strict = is_correct(text, answer)
-    return {"accuracy": strict, "coherent": strict and true == equations, "true": true, "equations": equations,
+    strict, whole = is_correct(text, answer), text.count("<<") == text.count(">>") == equations
+    return {"accuracy": strict, "coherent": strict and whole and true == equations, "true": true, "equations": equations,
             "flexible": last_number(text) == final_number(answer), "harness": harness_match(text, answer),
             "format_failures": final_number(text) is None}
 
@@ -173,13 +174,15 @@ class Bench:
 
     @torch.no_grad()
     def __post_init__(self):
-        config, device, start = self.model.config, next(self.model.parameters()).device, time.perf_counter()
+        config, device = self.model.config, next(self.model.parameters()).device
         split = encode_split(self.items, self.enc, config.prompt_len, config.answer_len, self.target)
+        start = time.perf_counter()
         self.fitting = [i for i, fits in enumerate(split.fits) if fits]
         self.batches = []  # (indices of items, prompt, x0, hidden states at the all-MASK canvas)
         for i in range(0, len(self.fitting), self.batch_size):
             prompt, x0 = (x[i : i + self.batch_size].to(device) for x in (split.prompt, split.x0))
             first = self.model(trim(prompt, config.pad), torch.full_like(x0, config.mask))
+            first.sum().item()  # wait for the device
             self.batches.append((self.fitting[i : i + self.batch_size], prompt, x0, first))
         self.first_seconds = time.perf_counter() - start
 
@@ -205,7 +208,7 @@ def evaluate(bench: Bench, order: Order, budget: int, seeds=(0,), metric: str = 
         for kind, step in zip(token_kinds(tokens, bench.enc), reveal_step):
             kind_steps[kind].append(step)
             filler[step].append(kind in ("EOS", "PAD"))
-            n_tokens += kind != "PAD"
+        n_tokens += next((i for i, token in enumerate(tokens, 1) if token >= bench.enc.n_vocab - 3), len(tokens))
     steps, mean = [used for *_, used, _ in generated] or [0], lambda values: sum(values) / len(values)
     share = {name: counts[name] / (n * len(seeds)) for name in ("accuracy", "coherent", "flexible", "harness", "format_failures")}
     return {
@@ -252,7 +255,7 @@ def compare(rows: list[dict]):
     """Set p and best_rule of the learned order's rows."""
     bits = lambda row: np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8), count=row["n"]).astype(bool)
     for row in rows:
-        rivals = [r for r in rows if is_rule(r) and r["steps_mean"] <= row["steps_mean"] + 0.005]
+        rivals = [r for r in rows if is_rule(r) and r["steps_mean"] <= row["steps_mean"]]
         if row["order"].startswith("learned") and rivals:
             best = max(rivals, key=lambda r: r["score"])
             row["best_rule"] = (f"{best['order']} ({Path(best['checkpoint']).stem}, "
@@ -261,11 +264,10 @@ def compare(rows: list[dict]):
 
 
 def better_denoiser(rows: list[dict]) -> list[dict]:
-    """Of the rows that differ in denoiser only, or in a tuned knob, the one of highest score."""
+    """Of the rows that were asked for by the same name, one for each denoiser, the one of higher score."""
     best = {}
     for row in rows:
-        order = parse_order(row["order"])
-        key = (row["budget"], str(replace(order, knob=())) if ORDERS[order.name].knob else row["order"])
+        key = (row["budget"], row["asked"])
         if key not in best or row["score"] > best[key]["score"]:
             best[key] = row
     return sorted(best.values(), key=lambda row: (row["budget"], -row["score"]))
@@ -290,7 +292,8 @@ def plot_curve(result: dict, path: Path):
 
     rows = result["rows"]
     figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot(xlabel="mean steps per answer", ylabel=f"{result['meta']['args']['metric']}, %", title=result["meta"]["title"])
+    axes = figure.add_subplot(xlabel="mean steps per answer", ylabel=f"{result['meta']['args']['metric']}, %")
+    axes.set_title(result["meta"]["title"])
     names = sorted({parse_order(row["order"]).name for row in rows}, key=lambda name: (name != "learned", name))
     for i, name in enumerate(names):
         points = frontier([row for row in rows if parse_order(row["order"]).name == name])
@@ -316,8 +319,9 @@ def plot_order(result: dict, path: Path):
 
     budgets = {row["budget"] for row in result["rows"]}
     budget = min(budgets, key=lambda budget: (abs(budget - 4), budget))
-    at_budget = [row for row in better_denoiser(result["rows"]) if row["budget"] == budget]  # the best first
-    shown = [rows[0] for name in ("learned", "confidence") if (rows := [r for r in at_budget if parse_order(r["order"]).name == name])]
+    at_budget = sorted((row for row in result["rows"] if row["budget"] == budget), key=lambda row: -row["score"])
+    shown = [[row for row in at_budget if row["order"] in names][:1] for names in (("learned", "learned:0.5"), ("confidence",))]
+    shown = [row for found in shown for row in found]
     if not shown:
         return
     n = len(shown[0]["examples"]) * len(shown)
@@ -329,7 +333,7 @@ def plot_order(result: dict, path: Path):
         known = np.where(step <= np.arange(1, budget + 1)[:, None], step, np.nan)                  # (T, L)
         axes.imshow(known, cmap="viridis_r", vmin=0.5, vmax=budget + 1, aspect="auto", alpha=0.6)
         for position, (text, t) in enumerate(zip(tokens, step)):
-            axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=min(7, 24 / len(text)), parse_math=False)
+            axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=min(7, 32 / len(text)), parse_math=False)
         axes.set(yticks=range(budget), yticklabels=range(1, budget + 1), xticks=[], ylabel=row["order"])
         if row is shown[0]:
             axes.set_title(question, fontsize=9, loc="left", parse_math=False)
@@ -348,7 +352,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy against steps.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
     parser.add_argument("--control", default="out/control.pt", help="the control's checkpoint; empty: none")
-    parser.add_argument("--orders", default=",".join(EVERY_ORDER), help="comma-separated NAME[:KNOB][@BLOCK][+eos_last]")
+    parser.add_argument("--orders", default=EVERY_ORDER, help="comma-separated NAME[:KNOB][@BLOCK][+eos_last]")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="comma-separated budgets; L is the length of the canvas")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
     parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
@@ -364,48 +368,60 @@ def parse_args(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.limit < 0 or min(args.batch_size, args.tune_items, args.seeds) < 1:
         raise UserError("need --limit >= 0 and --batch_size, --tune_items, --seeds >= 1")
+    for text in args.orders.split(","):
+        parse_order(text)
+    for text in args.steps.split(","):
+        parse_steps(text)
     return args
 
 
 def draw_figures(paths: list[Path]):
     """curve.png and order.png beside the first of the JSON files whose rows they show."""
-    rows, metrics = [], set()
+    rows, kinds = [], set()
     for path in paths:
         try:
             result = json.loads(path.read_text())
             rows, meta = rows + result["rows"], result["meta"]
-            metrics.add(meta["args"]["metric"])
+            kinds.add((meta["train_config"]["dataset"], meta["args"]["split"], meta["args"]["metric"]))
         except FileNotFoundError:
             raise UserError(f"{path} not found: run `python eval_gsm8k.py` first, or pass --json") from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path} is not a result of this script ({type(e).__name__}: {e})") from e
-    if len(metrics) > 1:
-        raise UserError(f"one figure shows one --metric, not {' and '.join(sorted(metrics))}")
-    plot_curve({"rows": rows, "meta": meta}, paths[0].parent / "curve.png")
-    plot_order({"rows": rows, "meta": meta}, paths[0].parent / "order.png")
+    if len(kinds) > 1 or not rows:
+        raise UserError("one figure shows one data set, split and metric, and at least one row")
+    try:
+        plot_curve({"rows": rows, "meta": meta}, paths[0].parent / "curve.png")
+        plot_order({"rows": rows, "meta": meta}, paths[0].parent / "order.png")
+    except OSError as e:
+        raise UserError(f"cannot write figures to {paths[0].parent}: {e}") from e
 
 
 def commit() -> str:
     """The code's git commit, "+" if files differ from it; empty where there is none."""
-    done = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
-    return done.stdout.strip()
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[dict]:
     """A row for every order, budget and denoiser. The control's gate head was never trained."""
     longest, rows = benches[args.ckpt].model.config.answer_len, []
-    budgets = [min(parse_steps(text), longest) for text in args.steps.split(",")]
-    runs = [(budget, text, path) for budget in budgets for text in args.orders.split(",") for path in benches
-            if path == args.ckpt or not text.startswith("learned")]
-    for budget, text, path in tqdm(runs, disable=None, leave=False):
-        order = parse_order(text)
-        choices = [order]
-        if ORDERS[order.name].knob and ":" not in text:
+    budgets = dict.fromkeys(min(parse_steps(text), longest) for text in args.steps.split(","))
+    names = dict.fromkeys(text.strip() for text in args.orders.split(","))
+    runs = [(budget, name, path) for budget in budgets for name in names for path in benches
+            if path == args.ckpt or parse_order(name).name != "learned"]
+    for budget, name, path in tqdm(runs, disable=None, leave=False):
+        order = parse_order(name)
+        choices = {name: order}
+        if ORDERS[order.name].knob and ":" not in name:  # a knob that is not given
             sweep = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
-            choices = sweep if budget == longest else [tune(tuning[path], order, budget, args.metric)]
+            choices = {str(choice): choice for choice in sweep} if budget == longest else {name: tune(tuning[path], order, budget, args.metric)}
         draws = order.name in ("iid", "random") or (order.name == "learned" and not order.knob)
         seeds = range(args.seeds if draws and budget > 1 else 1)
-        rows += [{"checkpoint": path, **evaluate(benches[path], choice, budget, seeds, args.metric)} for choice in choices]
+        for asked, choice in choices.items():
+            rows.append({"checkpoint": path, "asked": asked, **evaluate(benches[path], choice, budget, seeds, args.metric)})
     compare(rows)
     return rows
 
@@ -418,18 +434,22 @@ def main(argv=None):
         print(f"drew curve.png and order.png in {paths[0].parent}")
         return
     device, start = pick_device(args.device), time.perf_counter()
-    for text in args.orders.split(","):
-        parse_order(text)
-    for text in args.steps.split(","):
-        parse_steps(text)
+    try:  # now rather than after an hour
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        open(args.json, "a").close()
+    except OSError as e:
+        raise UserError(f"cannot write {args.json}: {e}") from e
     paths = [path for path in (args.ckpt, args.control) if path]
     models, states = zip(*[load_checkpoint(path, device) for path in paths])
     config, enc = states[0]["train_config"], build_tokenizer(states[0]["pieces"])
-    if states[-1]["pieces"] != states[0]["pieces"]:
-        raise UserError(f"{args.control} and {args.ckpt} are not from the same run: their tokenizers differ")
-    sizes = {"val": max(TOY_SIZES["val"], args.tune_items), "test": TOY_SIZES["test"]}
+    if any(states[-1][part] != states[0][part] for part in ("pieces", "model_config")):
+        raise UserError(f"{args.control} and {args.ckpt} are not from the same run: their tokenizers or sizes differ")
+    sizes = {"val": TOY_SIZES["val"] + args.tune_items, "test": TOY_SIZES["test"]}
     splits = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes=sizes)
-    items, tune_items = splits[args.split][: args.limit or None], splits["val"][: args.tune_items]
+    tune_items, splits["val"] = splits["val"][: args.tune_items], splits["val"][args.tune_items :]
+    items = splits[args.split][: args.limit or None]
+    if not items:
+        raise UserError(f"--tune_items {args.tune_items} leaves no validation items to report")
     benches = {path: Bench(model, enc, items, config["target"], args.batch_size) for path, model in zip(paths, models)}
     tuning = {path: Bench(model, enc, tune_items, config["target"], args.batch_size) for path, model in zip(paths, models)}
 
@@ -443,11 +463,10 @@ def main(argv=None):
     meta = {"title": title, "args": vars(args), "train_config": config, "commit": commit(), "torch": torch.__version__,
             "device": str(device), "threads": torch.get_num_threads(), "seconds": time.perf_counter() - start}
     try:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps({"meta": meta, "rows": rows}))
-        draw_figures([Path(args.json)])
     except OSError as e:
         raise UserError(f"cannot write {args.json}: {e}") from e
+    draw_figures([Path(args.json)])
     print(f"wrote {args.json}, curve.png and order.png beside it, in {meta['seconds'] / 60:.1f} minutes")
 
 

@@ -9,9 +9,9 @@ KNOB      what an adaptive rule is tuned by; two knobs are written klass:0.9:0.0
 +eos_last positions whose proposed token is EOS or PAD wait until nothing else is left: confidence
           likes the end of the canvas, and would spend its first steps on it
 
-Half of the rules reveal an even share of what is left and differ in their score; they need all T
-steps. The other half are adaptive: they reveal what they find safe, at least one position, and are
-done when they are done. For every rule: it reveals some of the positions it may choose from and never
+Some rules reveal an even share of what is left and differ in their score; they need all T steps. `iid`
+draws when each position is revealed. The others are adaptive: they reveal what they find safe, at
+least one position, and are done when they are done. For every rule: it reveals some of the positions it may choose from and never
 none; ties go to the leftmost; a row's choice depends on nothing but the row.
 
 Here p^i is the token head's distribution at position i, c^i its largest probability, H^i its entropy
@@ -128,7 +128,8 @@ def entropy(state: State):
 
 
 def oracle(state: State):
-    """Highest p of the true token first. Looks at the answer: a bound on what a score could do, not a rule."""
+    """Highest p of the true token first. Looks at the answer, so it is no rule; greedy and evenly split, so it
+    is no bound either: adaptive rules can beat it."""
     return even_share(state.log_p.gather(-1, state.x0[..., None]).squeeze(-1), state)
 
 
@@ -187,7 +188,7 @@ def klass(state: State):
 class Rule(NamedTuple):
     reveal: Callable       # State -> (B, L) bool
     knob: tuple = ()       # default
-    sweep: tuple = ()      # knobs that eval_gsm8k.py tries
+    sweep: tuple = ()      # knobs that eval_gsm8k.py tries where there is a default
 
 
 ORDERS = {

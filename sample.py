@@ -55,7 +55,7 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
     hidden states at the all-MASK canvas, where they are at hand (the step is counted all the same).
     Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
     order = parse_order(order) if isinstance(order, str) else order
-    if steps < 1 or temperature < 0:
+    if steps < 1 or not 0 <= temperature < float("inf"):
         raise UserError(f"need steps >= 1 and temperature >= 0, got {steps} and {temperature}")
     if order.name == "oracle" and x0 is None:
         raise UserError("the oracle looks at the true answer: it runs in eval_gsm8k.py only")
@@ -144,7 +144,7 @@ def save_gif(path: str, question: str, tokens, reveal_step, enc, columns: int = 
                     axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, color=shade))
                     if step <= t:
                         text = token_text(token, enc).strip()
-                        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=min(9, 32 / len(text or " ")),
+                        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=min(9, 42 / len(text or " ")),
                                   color="white" if 2 * step > last else "black", parse_math=False)
                 writer.grab_frame()
     except OSError as e:
@@ -164,7 +164,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
     parser.add_argument("--steps", default="4", help="step budget, or L, the length of the canvas")
-    parser.add_argument("--order", default="learned", help=f"NAME[:KNOB][@BLOCK][+eos_last], NAME one of {', '.join(ORDERS)}")
+    parser.add_argument("--order", default="learned", help=f"NAME[:KNOB][@BLOCK][+eos_last], NAME one of {', '.join(name for name in ORDERS if name != 'oracle')}")
     parser.add_argument("--compare", help="several orders, comma-separated, side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
     parser.add_argument("--num_samples", type=int, default=3, help="validation questions, or samples of --prompt")
@@ -176,14 +176,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     device, steps = pick_device(args.device), parse_steps(args.steps)
-    orders = [parse_order(text) for text in (args.compare or args.order).split(",")]
+    orders = [parse_order(text) for text in (args.compare.split(",") if args.compare else [args.order])]
+    if args.gif and not args.gif.endswith(".gif"):
+        raise UserError(f"--gif {args.gif}: the name must end in .gif")
     model, state = load_checkpoint(args.ckpt, device)
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
     if args.num_samples < 1:
         raise UserError(f"--num_samples must be at least 1, got {args.num_samples}")
     if args.prompt is None:
         splits = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes={"val": args.num_samples})
-        items = splits["val"][: args.num_samples]
+        fitting = [item for item in splits["val"] if encode_prompt(item["question"], enc, model.config.prompt_len)]
+        items = fitting[: args.num_samples]
     else:
         items = [{"question": args.prompt.strip(), "answer": None}] * args.num_samples
     prompts = [encode_prompt(item["question"], enc, model.config.prompt_len) for item in items]

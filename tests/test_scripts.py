@@ -171,6 +171,8 @@ def test_the_ways_to_count_an_answer(text, strict, flexible, harness, format_fai
 
 def test_coherent_means_right_without_a_false_equation():
     assert eval_gsm8k.judge("<<9+9=18>> #### 18", "#### 18")["coherent"]
+    for broken in ("9+9=18>> <<9+9=18>> #### 18", "<<9+9=18 <<9+9=18>> #### 18", "<<9+9=18>> <<9+9=1#### 18"):
+        assert not eval_gsm8k.judge(broken, "#### 18")["coherent"] and eval_gsm8k.judge(broken, "#### 18")["accuracy"]
     assert not eval_gsm8k.judge("<<9+8=18>> #### 18", "#### 18")["coherent"] and not eval_gsm8k.judge("<<9+9=18>> #### 17", "#### 18")["coherent"]
 
 
@@ -264,7 +266,8 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
     (sample, ["--order", "best"], "unknown order 'best': choose from learned"), (sample, ["--prompt", ""], "1 to 36 tokens"),
     (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 36 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
     (sample, ["--temperature", "-1"], "temperature"), (sample, ["--order", "oracle"], "true answer"), (sample, ["--compare", "learned,best"], "unknown order"),
-    (sample, ["--gif", "/dev/null/x.gif", "--num_samples", "1"], "cannot write"), (eval_gsm8k, ["--plot", "--json", "absent.json"], "absent.json not found"),
+    (sample, ["--gif", "/dev/null/x.gif", "--num_samples", "1"], "cannot write"), (sample, ["--gif", "x.mp4"], "must end in .gif"),
+    (sample, ["--temperature", "nan"], "temperature"), (eval_gsm8k, ["--plot", "--json", "absent.json"], "absent.json not found"),
     (eval_gsm8k, ["--plot", "--json", str(ROOT / "README.md")], "not a result of this script"),
     (eval_gsm8k, ["--seeds", "0"], "seeds"), (eval_gsm8k, ["--orders", "threshold:high"], "cannot read order"),
     (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
