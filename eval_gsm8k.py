@@ -389,6 +389,8 @@ def draw_figures(paths: list[Path]):
             raise UserError(f"{path} is not a result of this script ({type(e).__name__}: {e})") from e
     if len(kinds) > 1 or not rows:
         raise UserError("one figure shows one data set, split and metric, and at least one row")
+    dataset, split, _ = kinds.pop()
+    meta["title"] = f"{dataset}, {split} split, {' and '.join(map(str, sorted({row['n'] for row in rows})))} items"
     try:
         plot_curve({"rows": rows, "meta": meta}, paths[0].parent / "curve.png")
         plot_order({"rows": rows, "meta": meta}, paths[0].parent / "order.png")
