@@ -107,6 +107,14 @@ def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
     assert {row["accuracy"] for row in rows if row["budget"] == 1 and "ckpt" in row["checkpoint"]} == {rows[0]["accuracy"]}  # one step has no order
 
 
+def test_the_table_has_every_order_that_was_asked_for(trained, tmp_path, capsys):
+    eval_gsm8k.main(["--ckpt", str(trained / "ckpt.pt"), "--control", str(trained / "control.pt"), "--steps", "2,2", "--limit", "5", "--tune_items", "4",
+                     "--seeds", "1", "--orders", "confidence, learned,threshold:0.5,threshold:0.9,confidence", "--json", str(tmp_path / "eval.json")])
+    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith(("conf", "learned", "thresh"))]
+    assert sorted(name for name, _ in printed) == ["confidence", "learned", "threshold:0.5", "threshold:0.9"]
+    assert ["learned", "ckpt"] in printed  # the control's gate head was never trained
+
+
 def test_figures_are_drawn_from_the_json_alone(evaluated, tmp_path):
     (tmp_path / "eval.json").write_text(evaluated.read_text())
     eval_gsm8k.main(["--plot", "--json", str(tmp_path / "eval.json"), "--ckpt", "absent.pt"])
