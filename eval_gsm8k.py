@@ -35,6 +35,7 @@ import ast
 import json
 import math
 import operator
+import os
 import re
 import subprocess
 import time
@@ -407,6 +408,17 @@ def commit() -> str:
         return ""
 
 
+def write_json(path: Path, content: dict):
+    """Write atomically, through a file of the same name that ends in .tmp."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e}") from e
+
+
 def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[dict]:
     """A row for every order, budget and denoiser. The control's gate head was never trained."""
     longest, rows = benches[args.ckpt].model.config.answer_len, []
@@ -436,11 +448,6 @@ def main(argv=None):
         print(f"drew curve.png and order.png in {paths[0].parent}")
         return
     device, start = pick_device(args.device), time.perf_counter()
-    try:  # now rather than after an hour
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        open(args.json, "a").close()
-    except OSError as e:
-        raise UserError(f"cannot write {args.json}: {e}") from e
     paths = [path for path in (args.ckpt, args.control) if path]
     models, states = zip(*[load_checkpoint(path, device) for path in paths])
     config, enc = states[0]["train_config"], build_tokenizer(states[0]["pieces"])
@@ -455,6 +462,7 @@ def main(argv=None):
     benches = {path: Bench(model, enc, items, config["target"], args.batch_size) for path, model in zip(paths, models)}
     tuning = {path: Bench(model, enc, tune_items, config["target"], args.batch_size) for path, model in zip(paths, models)}
 
+    write_json(Path(args.json).with_suffix(".tmp"), {})  # fails now rather than after an hour
     rows = run_all(args, benches, tuning)
     title = f"{config['dataset']}, {args.split} split, {len(items)} items"
     print(f"{title}, {device}; each rule on the better of {' and '.join(paths)}, in %\n{HEADER}")
@@ -464,10 +472,7 @@ def main(argv=None):
         print(f"{rows[0]['does_not_fit']} of {len(items)} items are longer than prompt or canvas and count as wrong")
     meta = {"title": title, "args": vars(args), "train_config": config, "commit": commit(), "torch": torch.__version__,
             "device": str(device), "threads": torch.get_num_threads(), "seconds": time.perf_counter() - start}
-    try:
-        Path(args.json).write_text(json.dumps({"meta": meta, "rows": rows}))
-    except OSError as e:
-        raise UserError(f"cannot write {args.json}: {e}") from e
+    write_json(Path(args.json), {"meta": meta, "rows": rows})
     draw_figures([Path(args.json)])
     print(f"wrote {args.json}, curve.png and order.png beside it, in {meta['seconds'] / 60:.1f} minutes")
 

@@ -280,7 +280,8 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
     (eval_gsm8k, ["--seeds", "0"], "seeds"), (eval_gsm8k, ["--orders", "threshold:high"], "cannot read order"),
     (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
     (eval_gsm8k, ["--limit", "-1"], "limit"), (eval_gsm8k, ["--limit", "1", "--steps", "1", "--control", "", "--json", "/dev/null/x.json"], "cannot write")])
-def test_bad_arguments(trained, main, arguments, message):
+def test_bad_arguments(trained, tmp_path, monkeypatch, main, arguments, message):
+    monkeypatch.chdir(tmp_path)  # where the default paths lead
     defaults = ["--ckpt", str(trained / "ckpt.pt")] + (["--control", str(trained / "control.pt")] if main is eval_gsm8k else [])
     with pytest.raises(UserError, match=message):
         main.main([*defaults, *arguments])
