@@ -160,7 +160,7 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     x0_k = x0[:, None].expand(-1, K, -1)
     z = x0_k.masked_fill(masked, model.config.mask)                         # z_t of every order
 
-    h = model(prompt.repeat_interleave(K, 0), z.flatten(0, 1)).unflatten(0, (-1, K))       # (B, K, L, D)
+    h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, K))                             # (B, K, L, D)
     log_q = log_gate_probs(s[:, None], masked, last, tau)
     recon, kl = step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last)
     step_elbo = recon - kl_weight * kl                                      # Eq. 5: (B, K)

@@ -64,11 +64,13 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
     noise = row_noise(seeds, T, L, prompt.device)
     z = torch.full((len(prompt), L), model.config.mask, device=prompt.device)
     reveal_step = torch.zeros_like(z)
+    prompt = trim(prompt, model.config.pad)
+    read = model.read(prompt)                                               # once for all steps
     rows, past = torch.arange(len(prompt), device=prompt.device), []        # unfinished; log_p of the last two steps
     for t in range(1, T + 1):
         if len(rows) == 0:
             break
-        h = first if t == 1 and first is not None else model(trim(prompt[rows], model.config.pad), z[rows])
+        h = first if t == 1 and first is not None else model(prompt[rows], z[rows], read[rows])
         log_p, masked, u = model.log_p(h), z[rows] == model.config.mask, noise[rows]
         tokens = log_p.argmax(-1) if temperature == 0 else draw((log_p / temperature).log_softmax(-1), u[:, T + 1, :L])
         state = State(log_p, tokens, model.gate_logits(h), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], past,
