@@ -40,8 +40,10 @@ steps before t only, hence sum_{u<t}. The mean over the *other* orders of the sa
 baseline (leave-one-out, RLOO): independent of order k, so it costs no bias, and it removes what the
 orders of an example have in common, tens of nats early in training.
 
-Cost. Summing over t needs T forward passes per order. Instead one step t is drawn per example,
-shared by its K orders so that the baseline compares like with like, and T * L_t estimates the sum.
+Cost. Summing over t needs T forward passes per order. But before step 1 everything is masked, whatever
+the order, so one pass gives L_1 exactly. For the rest one step t of 2..T is drawn per example, shared
+by its K orders so that the baseline compares like with like, and (T - 1) L_t estimates their sum:
+1 + K network states per example. The score term is charged where L_t is: L_1 does not depend on q's draws.
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -137,41 +139,47 @@ def leave_one_out(value):
 
 def order_objective(model: MDM, posterior: OrderPosterior, prompt, x0, *, T: int, K: int, tau: float,
                     kl_weight: float = 1.0, generator=None):
-    """Eq. 4 estimated at one random step per example, with the gradient of Eq. 7: draws K orders and
-    a step, then calls objective_at. prompt (B, P'), x0 (B, L). Returns what objective_at returns."""
+    """Eq. 4 estimated at step 1 and one random later step of each example, with the gradient of Eq. 7: draws
+    K orders and a step, then calls objective_at. prompt (B, P'), x0 (B, L). Returns what objective_at returns."""
     B = len(x0)
     s = posterior(prompt, x0)                                               # (B, L)
     reveal_step = sample_orders(s, K, T, tau, generator)                    # (B, K, L)
-    # DEVIATION: stratified. Any T examples in a row see each step once, and each alone sees a uniform one.
-    first = torch.randint(T, (1,), device=x0.device, generator=generator)
-    t = (torch.arange(B, device=x0.device) + first) % T + 1                 # (B,)
+    # DEVIATION: stratified. Any T-1 examples in a row see each later step once, and each alone a uniform one.
+    later = max(T - 1, 1)
+    first = torch.randint(later, (1,), device=x0.device, generator=generator)
+    t = 2 + (torch.arange(B, device=x0.device) + first) % later             # (B,); T = 1 has no later step, and gives it weight 0
     return objective_at(model, s, prompt, x0, reveal_step, t, T=T, tau=tau, kl_weight=kl_weight)
 
 
 def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: float, kl_weight: float = 1.0):
-    """Eq. 5-7 at the states that step t (B,) of the orders reveal_step (B, K, L) starts from.
+    """Eq. 5-7 at step 1 and at the states that step t (B,) in 2..T of the orders reveal_step (B, K, L) starts from.
 
     Returns the objective to maximise (scalar) and a dict of detached tensors: `elbo`, `recon`, `kl`
     in nats per answer (kl_weight not applied), `q_entropy` of the gates in nats per step, `q_steps`
     used by the orders, `reveal_step`."""
+    # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     K = reveal_step.shape[1]
-    last = (t == T)[:, None, None]                                          # (B, 1, 1)
-    masked = reveal_step >= t[:, None, None]                                # (B, K, L)
-    x0_k = x0[:, None].expand(-1, K, -1)
-    z = x0_k.masked_fill(masked, model.config.mask)                         # z_t of every order
+    step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)        # (B, 1+K)
+    last = (step == T)[..., None]                                                           # (B, 1+K, 1)
+    masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]         # (B, 1+K, L)
+    x0_k = x0[:, None].expand_as(masked)
+    z = x0_k.masked_fill(masked, model.config.mask)
 
-    h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, K))                             # (B, K, L, D)
+    h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, 1 + K))                            # (B, 1+K, L, D)
     log_q = log_gate_probs(s[:, None], masked, last, tau)
     recon, kl = step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last)
-    step_elbo = recon - kl_weight * kl                                      # Eq. 5: (B, K)
+    step_elbo = recon - kl_weight * kl                                      # Eq. 5: L_1, L_t^1 .. L_t^K
 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is a
     # constant in it: what L_t itself contributes to the gradient already stands in step_elbo.
-    advantage = leave_one_out(step_elbo.detach())
+    advantage = leave_one_out(step_elbo[:, 1:].detach())                    # (B, K)
     surrogate = advantage * log_q_before(s, reveal_step, t, T, tau)
-    objective = T * (step_elbo + surrogate).mean()                          # T: one step stands for all T
 
-    q_entropy = -(log_q.exp() * log_q - torch.expm1(log_q) * log_complement(log_q)).sum(-1)
-    logs = {"elbo": T * (recon - kl).mean(), "recon": T * recon.mean(), "kl": T * kl.mean(), "q_entropy": q_entropy.mean(),
+    def all_steps(term):  # L_1 + (T - 1) L_t, mean over orders and examples
+        return (term[:, 0] + (T - 1) * term[:, 1:].mean(1)).mean()
+
+    objective = all_steps(step_elbo) + (T - 1) * surrogate.mean()
+    gate_entropy = -(log_q.exp() * log_q - torch.expm1(log_q) * log_complement(log_q)).sum(-1)
+    logs = {"elbo": all_steps(recon - kl), "recon": all_steps(recon), "kl": all_steps(kl), "q_entropy": all_steps(gate_entropy) / T,
             "q_steps": reveal_step.amax(-1).float().mean(), "reveal_step": reveal_step}
     return objective, {name: value.detach() for name, value in logs.items()}

@@ -20,15 +20,27 @@ def close(a, b, tolerance=1e-10):
     return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def one_step(model, s, x0, chosen, t, T):
-    """The objective that train.py maximises, for one example whose K orders are `chosen`, at step t."""
+def two_steps(model, s, x0, chosen, t, T):
+    """The objective that train.py maximises, for one example whose K orders are `chosen`, at steps 1 and t."""
     return posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([x0]), torch.tensor([chosen]),
                                   torch.tensor([t]), T=T, tau=TAU)
 
 
+def step_logs(model, s, x0, order, t, T):
+    """elbo, recon and kl of step t alone, at the state that it starts from in the order: L_1 + (T - 1) L_t less L_1.
+    A step after the last costs nothing, and leaves L_1."""
+    at, first = (two_steps(model, s, x0, [order, order], step, T)[1] for step in (t, T + 1))
+    return {name: first[name] if t == 1 else (at[name] - first[name]) / (T - 1) for name in ("elbo", "recon", "kl")}
+
+
 def step_term(model, s, x0, order, t, T):
     """Eq. 5: L_t at the state that step t of the order starts from."""
-    return one_step(model, s, x0, [order, order], t, T)[1]["elbo"] / T
+    return step_logs(model, s, x0, order, t, T)["elbo"]
+
+
+def later_steps(T):
+    """What train.py draws from."""
+    return range(2, T + 1) if T > 1 else [2]
 
 
 # --- Eq. 1, 2: the model ------------------------------------------------------------------------------
@@ -178,8 +190,8 @@ def test_step_kl_is_the_kl_between_the_two_laws_of_the_gates(L, T):
             # orders that share the steps before t, one for each way in which step t can go on
             following = {tuple(step == t for step in b): b for b in orders(L, T) if all(min(x, t) == min(y, t) for x, y in zip(o, b))}
             kl = sum(q * (q.log() - log_p_gates(model, x0, b, t, T)) for b in following.values() if (q := q_step(s, b, t, T)) > 0)
-            logs = one_step(model, s, x0, [o, o], t, T)[1]
-            assert close(logs["kl"] / T, kl) and kl >= -1e-12
+            logs = step_logs(model, s, x0, o, t, T)
+            assert close(logs["kl"], kl) and kl >= -1e-12
 
 
 @pytest.mark.parametrize("L, T", SIZES)
@@ -222,7 +234,7 @@ def terms_by_hand(model, x0, z):
 def test_one_step_costs_all_tokens_and_no_gates():
     model, x0 = TableModel(), X0[3]
     log_p, _ = terms_by_hand(model, x0, [V, V, V])
-    logs = one_step(model, scores(), x0, [(1, 1, 1)] * 2, 1, T=1)[1]
+    logs = step_logs(model, scores(), x0, (1, 1, 1), 1, T=1)
     assert close(logs["recon"], sum(log_p)) and logs["kl"] == 0
 
 
@@ -230,9 +242,9 @@ def test_equal_scores_reveal_everything_at_once():
     """q = 1 everywhere: p pays for opening all its gates, given that one opens."""
     model, x0 = TableModel(), X0[3]
     log_p, alpha = terms_by_hand(model, x0, [V, V, V])
-    logs = one_step(model, torch.zeros(3, dtype=torch.float64), x0, [(1, 1, 1)] * 2, 1, T=2)[1]
-    assert close(logs["recon"] / 2, sum(log_p)) and close(logs["kl"] / 2, -(alpha.prod() / (1 - (1 - alpha).prod())).log())
-    done = one_step(model, torch.zeros(3, dtype=torch.float64), x0, [(1, 1, 1)] * 2, 2, T=2)[1]
+    logs = step_logs(model, torch.zeros(3, dtype=torch.float64), x0, (1, 1, 1), 1, T=2)
+    assert close(logs["recon"], sum(log_p)) and close(logs["kl"], -(alpha.prod() / (1 - (1 - alpha).prod())).log())
+    done = step_logs(model, torch.zeros(3, dtype=torch.float64), x0, (1, 1, 1), 2, T=2)
     assert done["recon"] == 0 and done["kl"] == 0  # nothing is left for step 2
 
 
@@ -240,16 +252,16 @@ def test_far_scores_reveal_one_position_at_a_time():
     model, x0, order = TableModel(), X0[3], (3, 1, 2)
     s = torch.tensor([-1e3, 1e3, 0.0], dtype=torch.float64)
     log_p, alpha = terms_by_hand(model, x0, [V, V, V])
-    logs = one_step(model, s, x0, [order] * 2, 1, T=3)[1]
-    assert close(logs["recon"] / 3, log_p[1])
-    assert close(logs["kl"] / 3, -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log())
+    logs = step_logs(model, s, x0, order, 1, T=3)
+    assert close(logs["recon"], log_p[1])
+    assert close(logs["kl"], -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log())
 
 
 def test_the_last_position_opens_for_certain_and_costs_no_kl():
     model, x0 = TableModel(), X0[3]
     log_p, _ = terms_by_hand(model, x0, [x0[0], V, x0[2]])
-    logs = one_step(model, scores(), x0, [(1, 2, 1)] * 2, 2, T=3)[1]
-    assert close(logs["recon"] / 3, log_p[1]) and close(logs["kl"], 0)
+    logs = step_logs(model, scores(), x0, (1, 2, 1), 2, T=3)
+    assert close(logs["recon"], log_p[1]) and close(logs["kl"], 0)
 
 
 # --- Eq. 7: the gradient -------------------------------------------------------------------------------------
@@ -257,7 +269,7 @@ def test_the_last_position_opens_for_certain_and_costs_no_kl():
 def trajectory(model, s, x0, chosen, _, T):
     """The full-trajectory estimator, for reference: all T steps of every order, each step's gates with the
     leave-one-out advantage of the steps after it (reward-to-go). It needs T forward passes per order,
-    train.py's form one; both have the same expectation."""
+    train.py's form one, and one per example; both have the same expectation."""
     reveal_step, x0_k = torch.tensor(chosen), torch.tensor(x0).expand(len(chosen), -1)              # (K, L)
     terms, log_q_step = [], []
     for t in range(1, T + 1):
@@ -298,10 +310,10 @@ def assert_gradient_is_exact(estimator, L, T, K, steps):
 
 @pytest.mark.parametrize("K", [2, 3])
 @pytest.mark.parametrize("L, T", SIZES)
-def test_one_step_gradient_is_exact_in_expectation(L, T, K):
-    """Pathwise plus surrogate, summed over all K-tuples of orders and all steps, is autograd through the
-    enumerated ELBO, for theta and for phi. This is the form that train.py uses."""
-    assert_gradient_is_exact(one_step, L, T, K, range(1, T + 1))
+def test_gradient_is_exact_in_expectation(L, T, K):
+    """Pathwise plus surrogate, summed over all K-tuples of orders and all later steps, is autograd through
+    the enumerated ELBO, for theta and for phi. This is the form that train.py uses."""
+    assert_gradient_is_exact(two_steps, L, T, K, later_steps(T))
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -319,12 +331,12 @@ def test_leave_one_out_is_value_minus_mean_of_the_others():
 def test_a_batch_is_the_mean_of_its_rows():
     """Different answers, scores, orders and steps side by side: no row's baseline or path touches another."""
     T, model = 3, TableModel()
-    rows = [(scores(seed=1), (1, 0, 1), [(1, 2, 3), (1, 1, 2)], 2), (scores(seed=2), (0, 0, 1), [(2, 1, 1), (1, 1, 1)], 1),
+    rows = [(scores(seed=1), (1, 0, 1), [(1, 2, 3), (1, 1, 2)], 2), (scores(seed=2), (0, 0, 1), [(2, 1, 1), (1, 1, 1)], 2),
             (scores(seed=3), (1, 1, 0), [(3, 2, 1), (2, 1, 2)], 3)]
     s, x0, chosen, t = zip(*rows)
     together, _ = posterior.objective_at(model, torch.stack(s), torch.zeros(3, 0, dtype=torch.long), torch.tensor(x0), torch.tensor(chosen),
                                          torch.tensor(t), T=T, tau=TAU)
-    alone = sum(one_step(model, *row, T)[0] for row in rows) / 3
+    alone = sum(two_steps(model, *row, T)[0] for row in rows) / 3
     assert close(together, alone)
     for a, b in zip(torch.autograd.grad(together, (model.table, *s)), torch.autograd.grad(alone, (model.table, *s))):
         assert (a - b).abs().max() < 1e-12
@@ -364,7 +376,7 @@ def test_gradients_stay_finite(values):
     s = torch.tensor(values, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
     reveal_step = torch.cat([posterior.sample_orders(s[None], 4, 3, 0.1, generator), torch.ones(1, 1, 3, dtype=torch.long)], 1)
-    for t in (1, 2, 3):
+    for t in (2, 3):
         value, _ = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([X0[3]]), reveal_step,
                                           torch.tensor([t]), T=3, tau=0.1)
         theta, phi = torch.autograd.grad(value, (model.table, s))
