@@ -65,6 +65,22 @@ def test_padding_the_prompt_changes_nothing():
     assert torch.allclose(model(padded, z), model(trim(padded, model.config.pad), z), atol=1e-5)
 
 
+def test_the_answer_depends_on_every_token_of_its_own_prompt():
+    model, z, prompt = small_model(), torch.full((1, 5), 11), torch.tensor([[1, 2, 3]])
+    for i in range(3):
+        other = prompt.clone()
+        other[0, i] = 4
+        assert (model(other, z) - model(prompt, z)).abs().amax(-1).min() > 1e-4
+
+
+def test_answers_of_one_prompt_stand_together():
+    """Rows 0..K-1 of the answers belong to prompt 0, and a prompt read beforehand changes nothing."""
+    model, prompt, z = small_model(), torch.tensor([[1, 2, 3], [4, 5, 10]]), torch.randint(11, (6, 5))
+    rows = torch.cat([model(prompt[i // 3, None], z[i, None]) for i in range(6)])
+    assert torch.allclose(model(prompt, z), rows, atol=1e-5)
+    assert torch.equal(model(prompt, z), model(prompt, z, model.read(prompt)))
+
+
 def test_trim_keeps_the_longest_prompt():
     prompts = torch.tensor([[1, 9, 9, 9], [2, 3, 9, 9]])
     assert torch.equal(trim(prompts, 9), torch.tensor([[1, 9], [2, 3]]))

@@ -56,6 +56,7 @@ ORDER_LAW = ("test_orders_are_drawn_from_q", 3, 3)
 DRAWN = ("test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient", 3, 3)
 ROWS = ("test_a_batch_is_the_mean_of_its_rows",)
 FINITE = ("test_gradients_stay_finite", [1e4, -1e4, 0.0])
+PADDING = ("test_padding_the_prompt_changes_nothing",)
 LEARNED = ("test_learned_samples_follow_eq_1_and_2", 2)
 IID = ("test_iid_samples_follow_uniform_reveal_times", 2)
 RANDOM = ("test_random_samples_follow_a_shuffle", 3)
@@ -95,8 +96,6 @@ MUTATIONS = {
     "score term of one step": ("posterior.py", OBJECTIVE, OBJECTIVE.replace("(T - 1) * ", ""), GRADIENT),
     "terms of one step": ("posterior.py", "term[:, 0] + (T - 1) * term", "term[:, 0] + term", GRADIENT),
     "step 1 counted with the others": ("posterior.py", "term[:, 0] + (T - 1) * term", "term[:, 0] + T * term", GRADIENT),
-    "step 1 in the baseline": ("posterior.py", "leave_one_out(step_elbo[:, 1:].detach())",
-        "leave_one_out(step_elbo.detach())[:, 1:]", GRADIENT),
     "own step in the score term": ("posterior.py", "(u < t)[:, None]", "(u <= t)[:, None]", LOG_Q),
     "the first row's step for all rows": ("posterior.py", "(u < t)[:, None]", "(u < t[0])", ROWS),
     "KL without its normaliser": ("posterior.py", "kl.sum(-1) + log_some", "kl.sum(-1)", RAO_BLACKWELL),
@@ -195,8 +194,12 @@ MUTATIONS = {
         "log_p_of(model, h, x0, masked).sum(-1)", ("test_denoiser_elbo_matches_the_exact_sum",)),
     "stage 1 sees the answer": ("model.py", "h = model(prompt, x0.masked_fill(masked, model.config.mask))",
         "h = model(prompt, x0)", ("test_hidden_tokens_get_no_gradient",)),
-    "padding is attended to": ("model.py", "prompt != self.config.pad,",
-        "prompt >= 0,", ("test_padding_the_prompt_changes_nothing",)),
+    "the prompt attends to padding": ("model.py", "attend, seen = (prompt != self.config.pad)", "attend, seen = (prompt >= 0)", PADDING),
+    "the answer attends to padding": ("model.py", "there = (prompt != self.config.pad)", "there = (prompt >= 0)", PADDING),
+    "the answer does not see the prompt": ("model.py", "torch.cat([seen, block.keys_values(x, cos, sin)], dim=-2)",
+        "torch.cat([0 * seen, block.keys_values(x, cos, sin)], dim=-2)", ("test_the_answer_depends_on_every_token_of_its_own_prompt",)),
+    "another order's prompt": ("model.py", "(self.read(prompt) if read is None else read).repeat_interleave(K, 0)",
+        "(self.read(prompt) if read is None else read).repeat(K, 1, 1, 1, 1, 1)", ("test_answers_of_one_prompt_stand_together",)),
 }
 
 
