@@ -23,7 +23,9 @@ the canvas to `answer_len` (L). EOS and PAD of the canvas are ordinary tokens th
 generate; PAD of the prompt is never attended to.
 """
 
+import ast
 import json
+import operator
 import random
 import re
 import sys
@@ -31,6 +33,8 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
@@ -285,3 +289,31 @@ def is_correct(generated: str, answer: str) -> bool:
     """Strict accuracy: both final numbers exist and are equal as numbers."""
     number = final_number(generated)
     return number is not None and number == final_number(answer)
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+@lru_cache(maxsize=100_000)
+def value_of(expression: str) -> Fraction | None:
+    """Exact value of an expression of numbers, + - * / ( ) and %, or None if it is no such thing or has more than
+    200 characters. Python's grammar reads it; nothing is executed, and there is no operator whose result could grow
+    without bound. Models write strange things: never an exception."""
+    def walk(node):
+        match node:
+            case ast.Constant():
+                return Fraction(text[node.col_offset : node.end_col_offset])  # as written: a float would round it
+            case ast.UnaryOp():
+                return OPERATORS[type(node.op)](walk(node.operand))
+            case ast.BinOp():
+                return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
+        raise ValueError
+
+    text = re.sub(r"([\d.]+)%", r"(\1/100)", expression.replace(",", "").strip()) if len(expression) <= 200 else ""
+    if not re.fullmatch(r"[\d.+\-*/() ]{1,200}", text, re.ASCII):
+        return None
+    try:
+        return walk(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, MemoryError, RecursionError):
+        return None

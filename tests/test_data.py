@@ -3,12 +3,14 @@
 import json
 import random
 import re
+import time
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
 from data import (TOY_SIZES, UserError, build_tokenizer, decode, encode_prompt, encode_split, final_number, frequent_pieces, is_correct,
-                  load_splits, to_target, toy_example, toy_split)
+                  load_splits, to_target, toy_example, toy_split, value_of)
 
 
 def test_toy_answers_are_true_and_follow_from_the_question():
@@ -148,3 +150,27 @@ def test_strict_accuracy(generated, answer, right):
 def test_the_question_of_an_example_names_every_operation():
     item = toy_example(random.Random(0))
     assert item["question"].count(",") == item["answer"].count("<<") - 1
+
+
+@pytest.mark.parametrize("expression, value", [
+    ("1+2*3", 7), ("(1+2)*3", 9), ("-4/8", "-1/2"), ("2--3", 5), ("50%*20", 10), ("20*(5%)", 1), ("1,000/4", 250), (".5+0.25", "3/4"), ("0.1+0.2", "3/10"),
+    (" 7 ", 7), ("", None), ("1/0", None), ("x+1", None), ("2**9", None), ("7//2", None), ("(2)(3)", None), ("(1", None), ("1e5", None), ("9" * 300, None),
+    ("(" * 150 + "1" + ")" * 150, None), ("__import__('os')", None), ("٣+1", None), ("1_0", None), ("1 2", None), ("...", None), ("5.", 5),
+    ("12345678901234567.89", "1234567890123456789/100")])
+def test_expressions_are_valued_exactly_and_never_run(expression, value):
+    assert value_of(expression) == (None if value is None else Fraction(value))
+
+
+@pytest.mark.parametrize("expression", [
+    "(" * 200, "(" * 100 + "1" + ")" * 100, "(" * 95 + "1" + ")" * 95, "-" * 199 + "1", "-" * 200, "-(" * 60 + "1" + ")" * 60, "1" + "/7" * 99, "1+" * 99 + "1",
+    "9" * 200, "9" * 200 + "*" + "9" * 200, "9" * 99 + "*" + "9" * 100, "9*" * 99 + "9", "9" * 10**6, "1%" * 100, "." * 200, "%" * 200, "\x00", "1" + "\n" * 150])
+def test_no_expression_is_too_much(expression):
+    """A value or None, in no time and without an exception, also where little of the stack is left."""
+    def deep(frames):
+        return value_of.__wrapped__(expression) if frames == 0 else deep(frames - 1)
+
+    start = time.perf_counter()
+    for frames in (0, 400, 800):
+        value = deep(frames)
+        assert value is None or isinstance(value, Fraction) and max(abs(value.numerator), value.denominator) < 10**201
+    assert time.perf_counter() - start < 0.5

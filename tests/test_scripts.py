@@ -153,14 +153,6 @@ def test_mcnemar_is_the_exact_sign_test_of_the_items_that_differ():
     assert eval_gsm8k.mcnemar(a, a) == 1 and eval_gsm8k.mcnemar(a, b) == eval_gsm8k.mcnemar(b, a)
 
 
-@pytest.mark.parametrize("expression, value", [
-    ("1+2*3", 7), ("(1+2)*3", 9), ("-4/8", "-1/2"), ("2--3", 5), ("50%*20", 10), ("20*(5%)", 1), ("1,000/4", 250), (".5+0.25", "3/4"), ("0.1+0.2", "3/10"),
-    (" 7 ", 7), ("", None), ("1/0", None), ("x+1", None), ("2**9", None), ("7//2", None), ("(2)(3)", None), ("(1", None), ("1e5", None), ("9" * 300, None),
-    ("(" * 150 + "1" + ")" * 150, None), ("__import__('os')", None), ("٣+1", None), ("1_0", None), ("1 2", None)])
-def test_expressions_are_valued_exactly_and_never_run(expression, value):
-    assert eval_gsm8k.value_of(expression) == (None if value is None else eval_gsm8k.Fraction(value))
-
-
 @pytest.mark.parametrize("text, counts", [
     ("<<1+2=3>> <<3=5-2>> <<2*2=5>> #### 5", (2, 3)), ("<<10/3=3.33>> <<10/3=3.3>> <<10/3=3>>", (2, 3)), ("<<2=>> <<=2>> <<5>> <<>>", (0, 4)),
     ("no equation", (0, 0)), ("<<1+1=2", (0, 0)), ("<<1+1=1+1=2>>", (0, 1))])
