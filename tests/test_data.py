@@ -189,11 +189,13 @@ def example(question, *equations, final=None):
 AUGMENTABLE = [
     example("Ann has 48 clips and buys half as many. How many has she?", "48/2=24", "48+24=72"),
     example("A $1,200 phone is 20% off. Tax is $35.50. What is the price?", "1200*20/100=240", "1200-240=960", "960+35.50=995.5"),
-    example("Of 80 balls 25% are red, and 3 more are added. How many are red?", "80*.25=20", "20+3=23"),
-    example("Of 80 balls 25% are red, and 3 more are added. How many are red?", "25%*80=20", "(20 + 3)=23"),
+    example("Jo has 80 balls, 25% are red, and 3 more are added. How many are red?", "80*.25=20", "20+3=23"),
+    example("Jo has 80 balls, 25% are red, and 3 more are added. How many are red?", "25%*80=20", "(20 + 3)=23"),
     example("A car goes 60 miles in 1.5 hours. How far in 4 hours?", "60/1.5=40", "40*4=160"),
     example("Eggs cost $0.45 each. He buys 20 and a $6.00 cake, and pays with $100. The change?", "20*.45=9.00", "9+6=15.00", "100-15=85"),
     example("A rope of 9 m is cut into 4 parts. How long is each?", "9/4=2.25"),
+    example("Jo has 80 m of rope and uses 25%. Left?", "1-.25=0.75", "80*.75=60"),
+    example("Jo has 8 pens, sells 5, buys 2. How many?", "8-5=3", "3+2=5"), example("Jo has 5 pens, sells 4. How many?", "5-4=1"),
     example("The Boeing 747 flew 2/5 of 900 miles with 747 people. Those left?", "2/5*900=360", "747-360=387")]
 
 
@@ -248,7 +250,7 @@ def test_numbers_keep_their_style_and_follow_through_the_equations():
     ("Jo has 8 pens, sells 5, gets 4, sells 1.", ["8-5=3", "4-1=3", "3+3=6"], "which 3?"),
     ("Jo has 9 pens.", ["9+17=26"], "17 comes from nowhere"),
     ("Jo has 100 pens and two cups.", ["100+2=102"], "100 stays"),
-    ("Jo has 3 pens and gets triple as many.", ["3*3=9"], "which 3 is the word?"), ("Three friends, 3 pens each.", ["3*3=9"], "which 3 is the word?"),
+    ("Jo has 1 pen and 2 cups.", ["1+2=3"], "they stay"), ("Jo has 3 pens and triple.", ["3+100=103"], "which 3 is the word?"), ("Three friends, 3 pens each.", ["3*3=9"], "which 3 is the word?"),
     ("There are 8 ounces in a cup.", ["8+1=9"], "a fact"),
     ("Orders over 20 pens are free. Jo has 40 pens and buys 7.", ["40+7=47"], "20 may be a threshold"),
     ("A bus is $30 and $4 tip, a cab $45 and $5 tip. The cheaper one?", ["45+5=50", "30+4=34"], "a result that is only compared"),
