@@ -1,4 +1,4 @@
-"""Data: a toy task that needs no download, the GSM8K loaders, one tokenizer, and answer checking.
+"""Data: a toy task that needs no download, the GSM8K loaders, one tokenizer, answer checking, and GSM8K with other numbers.
 
 Everything here speaks GSM8K's form, {"question": str, "answer": str}, where the answer carries
 calculator annotations `<<6+3=9>>` and ends in `#### n`. The model is trained on a *target* made
@@ -23,14 +23,18 @@ the canvas to `answer_len` (L). EOS and PAD of the canvas are ordinary tokens th
 generate; PAD of the prompt is never attended to.
 """
 
+import ast
 import json
+import operator
 import random
 import re
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
@@ -285,3 +289,102 @@ def is_correct(generated: str, answer: str) -> bool:
     """Strict accuracy: both final numbers exist and are equal as numbers."""
     number = final_number(generated)
     return number is not None and number == final_number(answer)
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+@lru_cache(maxsize=100_000)
+def value_of(expression: str) -> Fraction | None:
+    """Exact value of an expression of numbers, + - * / ( ) and %, or None if it is no such thing or has more than
+    200 characters. Python's grammar reads it; nothing is executed, and there is no operator whose result could grow
+    without bound. Models write strange things: never an exception."""
+    def walk(node):
+        match node:
+            case ast.Constant():
+                return Fraction(text[node.col_offset : node.end_col_offset])  # as written: a float would round it
+            case ast.UnaryOp():
+                return OPERATORS[type(node.op)](walk(node.operand))
+            case ast.BinOp():
+                return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
+        raise ValueError
+
+    text = re.sub(r"([\d.]+)%", r"(\1/100)", expression.replace(",", "").strip()) if len(expression) <= 200 else ""
+    if not re.fullmatch(r"[\d.+\-*/() ]{1,200}", text, re.ASCII):
+        return None
+    try:
+        return walk(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, MemoryError, RecursionError):
+        return None
+
+
+# --- number augmentation -------------------------------------------------------------------------
+
+# [NEW] Numbers that a question brings in by words (1, 2 and 100: always): an equation may use them, and they stay.
+CONSTANTS = {1: "", 2: "", 100: "", 3: "three|third|triple", 4: "four|quarter|month", 5: "five|fifth", 6: "six", 7: "seven|week|day|daily",
+             8: "eight", 9: "nine", 10: "ten", 12: "twelve|dozen|year|month|annual|feet|foot|inches", 20: "twenty", 24: "day|daily|hour",
+             30: "thirty|month", 52: "year|week", 60: "hour|minute|second", Fraction(1, 2): "half", Fraction(1, 4): "quarter"}
+NUMERAL = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3}){1,4}|[1-9]\d{0,14}|0)(?:\.\d{1,6})?|\.\d{1,6}", re.ASCII)
+EQUATION = re.compile(rf"(?:=\s*[$€£]?\s*)?<<([^<>=]*)=({NUMERAL.pattern})>>")
+# A numeral stays where it is part of a name, word, fraction, time or year, or of "5 days a week", "8 ounces in a cup".
+FIXED_BEFORE = re.compile(r"([\w/:.#-]|\b[A-Z][\w'’.]* |\d )$")
+FIXED_AFTER = re.compile(r"\w|[/:-]\d| \d|,? ?[ap]\.?m\b|(?<=[^$]\b(19|20)\d\d)"
+                         r"|[ -](day|hour|minute|week|month)s?[ -](\w+ )?(a|an|per|each|every|in|of)\b| \w+ in (an?|one|1)\b", re.I)
+
+
+def kind(value: Fraction) -> tuple:
+    return value > 0, value < 1, value.denominator == 1
+
+
+def redrawn(value: Fraction, numeral: str, taken: list, rng: random.Random) -> Fraction:
+    """A number of the same kind, half to twice as large and as round; below 100, as percentages are, if `value` is."""
+    unit = Fraction(1, 10 ** len(numeral.partition(".")[2]))
+    unit = max(u for i in range(14) if (u := unit * 5 ** (i % 2) * 10 ** (i // 2)) and (i == 0 or value % u == 0 and value >= 4 * u))
+    draws = (rng.randint(int(value / unit + 1) // 2, int(2 * value / unit)) * unit for _ in range(20))
+    return next((v for v in draws if kind(v) == kind(value) and (v < 100) == (value < 100) and v not in taken), value)
+
+
+def rewritten(text: str, values: list[Fraction]) -> str:
+    """`text` with these for its numerals, with as many decimals or more, and commas, where the old had them."""
+    for m, value in reversed(list(zip(NUMERAL.finditer(text), values))):
+        number, decimals = Decimal(value.numerator) / value.denominator, len(m[0].partition(".")[2])
+        new = f"{number:{',' * (',' in m[0])}.{max(decimals, -number.as_tuple().exponent)}f}"
+        text = text if value == value_of(m[0]) else text[: m.start()] + new + text[m.end() :]
+    return text
+
+
+def augment(item: dict, rng: random.Random, tries: int = 20) -> dict | None:
+    """The same problem with other numbers: numerals of the question are redrawn and the equations, a small program, computed
+    anew. The answer becomes its equations and `#### n`: the text around them could not be kept true. None where that is not
+    safe (a step without annotation; an operand that comes from nowhere, or from a result and something else; a numeral or
+    result without use: it may be a threshold, or only compared) or where no draw keeps the kind of every result."""
+    question, numerals, equations = item["question"], list(NUMERAL.finditer(item["question"])), EQUATION.findall(item["answer"])
+    old = [value_of(m[0]) for m in numerals]  # then the constants, then the results
+    old += [value for value, words in CONSTANTS.items() if re.search(rf"\b({words})(s|d|th|ly)?(?!\w)", question, re.I)]
+    n, sources, operands = len(old), defaultdict(list), []
+    percent = [(i, Fraction(1, 100)) for i, m in enumerate(numerals) if re.match(r" ?(%|percent|cent)", question[m.end() :])]
+    for i, factor in [*((i, 1) for i in range(n)), *percent]:  # where an operand can come from: (place in `old`, factor)
+        sources[old[i] * factor].append((i, factor))
+    unclear = {i for source in sources.values() if len(source) > 1 for i, _ in source}
+    for left, right in equations:
+        operands.append([sources[value_of(numeral)][:] for numeral in NUMERAL.findall(left)])
+        if value_of(left) != value_of(right) or any(not s or s[1:] and s[-1][0] >= n for s in operands[-1]):
+            return None
+        sources[value_of(left)].append((len(old), 1))
+        old.append(value_of(left))
+    uses = [i for operand in operands for source in operand for i, _ in source]
+    idle = {*range(len(numerals)), *range(n, len(old) - 1)} - {*uses}
+    free = [i for i, m in enumerate(numerals) if i not in unclear and (uses.count(i) == 1 or old[i] > 9)  # the 3 pens, or the 3 friends?
+            and not FIXED_BEFORE.search(question[: m.start()]) and not FIXED_AFTER.match(question, m.end())]
+    if idle or not free or "=" in EQUATION.sub("", item["answer"]) or old[-1] != final_number(item["answer"]):
+        return None
+    for _ in range(tries):
+        new, program = [redrawn(v, numerals[i][0], old, rng) if i in free else v for i, v in enumerate(old[:n])], []
+        for (left, right), operand in zip(equations, operands):
+            left = rewritten(left, [new[i] * factor for *_, (i, factor) in operand])
+            new.append(value_of(left) or Fraction(1, 3))  # none, or 0: a third cannot be written, so is never accepted
+            program.append(f"<<{left}={rewritten(right, new[-1:])}>>")
+        if new != old and all(kind(a) == kind(b) and (100 * a).denominator == 1 for a, b in zip(new[n:], old[n:])):
+            return {"question": rewritten(question, new), "answer": f"{' '.join(program)} #### {rewritten('0', new[-1:])}"}
+    return None

@@ -31,10 +31,8 @@ each kind of token is revealed, the first answers with their orders, and which i
 """
 
 import argparse
-import ast
 import json
 import math
-import operator
 import os
 import re
 import subprocess
@@ -49,7 +47,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import NUMBER, TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits
+from data import NUMBER, TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits, value_of
 from model import MDM, load_checkpoint, pick_device, trim
 from orders import ORDERS, Order, parse_order
 from sample import generate, parse_steps, token_text
@@ -89,33 +87,6 @@ def harness_match(text: str, answer: str) -> bool:
     found = re.search(r"#### (-?[0-9.,]+)", text)
     strip = lambda number: re.sub(r"\.$", "", re.sub(r"[,$]", "", number)).lower()
     return bool(found) and strip(found[1]) == strip(answer.split("####")[-1].strip())
-
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-
-@lru_cache(maxsize=100_000)
-def value_of(expression: str) -> Fraction | None:
-    """Exact value of an expression of numbers, + - * / ( ) and %, or None if it is no such thing. Python's
-    grammar reads it; nothing is executed, and there is no operator whose result could grow without bound."""
-    def walk(node):
-        match node:
-            case ast.Constant():
-                return Fraction(str(node.value))
-            case ast.UnaryOp():
-                return OPERATORS[type(node.op)](walk(node.operand))
-            case ast.BinOp():
-                return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
-        raise ValueError
-
-    text = re.sub(r"([\d.]+)%", r"(\1/100)", expression.replace(",", "").strip())
-    if not re.fullmatch(r"[\d.+\-*/() ]{1,200}", text, re.ASCII):
-        return None
-    try:
-        return walk(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, MemoryError):
-        return None
 
 
 def count_equations(text: str) -> tuple[int, int]:

@@ -31,6 +31,7 @@ The log, and what healthy looks like (bounds and kl in nats per answer):
 import argparse
 import dataclasses
 import json
+import random
 import signal
 import sys
 import time
@@ -38,10 +39,11 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import tiktoken
 import torch
 from tqdm import tqdm
 
-from data import TOY_SIZES, Split, UserError, build_tokenizer, cli, encode_split, frequent_pieces, load_splits
+from data import TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits
 from eval_gsm8k import HEADER, Bench, evaluate, format_row
 from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
 from orders import parse_order
@@ -74,6 +76,7 @@ class Config:
     n_embd: int = arg(128, "width")
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
+    augment: float = arg(0.0, "GSM8K: share of the training items that get other numbers, where they can, anew each epoch")
     # stage 1
     max_steps_denoiser: int = arg(2400, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
@@ -112,6 +115,10 @@ class Config:
         for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.augment <= 1:
+            raise UserError(f"--augment must be from 0 to 1, got {self.augment}")
+        if self.augment and (self.dataset == "toy" or self.target == "full"):
+            raise UserError(f"--augment {self.augment} makes equations of GSM8K: pass --augment 0 with --dataset toy and with --target full")
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"--n_embd {self.n_embd} must be a multiple of 2 * --n_head ({2 * self.n_head})")
 
@@ -119,7 +126,7 @@ class Config:
 PRESETS = {
     "toy": {},
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
-                  max_steps_denoiser=1000, max_steps_order=250, batch_size_order=4, lr_matrix=0.01, lr_other=2e-3,
+                  max_steps_denoiser=1000, max_steps_order=250, batch_size_order=4, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
                   lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, save_every=100, eval_items=128, table_items=32),
     # The paper's recipe. Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
@@ -146,19 +153,10 @@ def parse_config(argv=None) -> Config:
     return Config(**{**base, **given})
 
 
-# --- data order, optimizers --------------------------------------------------------------------------
+# --- seeds, optimizers --------------------------------------------------------------------------------
 
 def seed_of(*parts) -> int:
     return zlib.crc32("-".join(map(str, parts)).encode())
-
-
-def batch_at(split, step: int, size: int, seed: int, stage: str, pad: int, device):
-    """The batch of this step: a fresh permutation each epoch, found from the step number alone."""
-    per_epoch = max(len(split.x0) // size, 1)
-    epoch, i = divmod(step, per_epoch)
-    order = torch.randperm(len(split.x0), generator=torch.Generator().manual_seed(seed_of(seed, stage, "epoch", epoch)))
-    rows = order[i * size : (i + 1) * size]
-    return trim(split.prompt[rows], pad).to(device), split.x0[rows].to(device)
 
 
 def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
@@ -185,8 +183,9 @@ class Run:
     """What the three stages share."""
     config: Config
     device: torch.device
-    items: dict      # lists of {"question", "answer"}
-    pieces: list     # of the tokenizer
+    items: dict      # lists of {"question", "answer"}; those of "train" are the rows of `train`
+    pieces: list     # what the tokenizer is built from
+    enc: tiktoken.Encoding  # the tokenizer
     train: Split
     val: Split
     stop: bool = False  # set by Ctrl-C: finish the step, save, leave
@@ -216,7 +215,26 @@ def prepare(config: Config) -> Run:
         print(f"{name}: {len(split.fits)} items, {split.fits.count(False)} longer than prompt_len {config.prompt_len} or answer_len {config.answer_len}")
         if not any(split.fits):
             raise UserError(f"no item of {name} fits: raise --prompt_len and --answer_len")
-    return Run(config, device, items, pieces, splits["train"], splits["val"])
+    items["train"] = [item for item, fits in zip(items["train"], splits["train"].fits) if fits]
+    return Run(config, device, items, pieces, enc, splits["train"], splits["val"])
+
+
+def batch_at(run: Run, stage: str, step: int, size: int):
+    """The batch of this step, (size, P) and (size, L): a fresh permutation of the items each epoch, some with other
+    numbers. All is found from the step number alone."""
+    config, split = run.config, run.train
+    epoch, i = divmod(step, max(len(split.x0) // size, 1))
+    order = torch.randperm(len(split.x0), generator=torch.Generator().manual_seed(seed_of(config.seed, stage, "epoch", epoch)))
+    rows = order[i * size : (i + 1) * size]
+    prompt, x0 = split.prompt[rows], split.x0[rows]  # copies
+    for k, row in enumerate(rows.tolist()):
+        rng = random.Random(seed_of(config.seed, stage, "augment", epoch, row))
+        other = augment(run.items["train"][row], rng) if rng.random() < config.augment else None
+        if other:
+            new = encode_split([other], run.enc, config.prompt_len, config.answer_len, config.target)
+            if new.fits[0]:
+                prompt[k], x0[k] = new.prompt[0], new.x0[0]
+    return trim(prompt, run.enc.n_vocab - 2).to(run.device), x0.to(run.device)
 
 
 def readable(logs: dict, x0, eos: int) -> dict:
@@ -298,7 +316,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
         factor = lr_factor(step, steps, config.cooldown)
         for optimizer, lr in zip(optimizers, base_lrs):
             optimizer.param_groups[0]["lr"] = lr * factor
-        prompt, x0 = batch_at(run.train, step, batch_size, config.seed, stage, model.config.pad, device)
+        prompt, x0 = batch_at(run, stage, step, batch_size)
         generator = torch.Generator(device).manual_seed(seed_of(config.seed, stage, step))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
             objective, logs = stage_objective(stage, run, model, posterior, prompt, x0, step / steps, generator)
@@ -326,9 +344,9 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 
 def summary(run: Run):
     """Accuracy on validation items: the learned order on its checkpoint, the rules on the control."""
-    enc, items = build_tokenizer(run.pieces), run.items["val"][: run.config.table_items]
+    items = run.items["val"][: run.config.table_items]
     print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
-    benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], enc, items, run.config.target) for name in ("ckpt.pt", "control.pt")}
+    benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], run.enc, items, run.config.target) for name in ("ckpt.pt", "control.pt")}
     for name in ("learned", "learned:0.5", "left_to_right", "confidence", "iid", "entropy_bound:0.1"):
         checkpoint = "ckpt.pt" if name.startswith("learned") else "control.pt"
         for budget in (1, 2, 3, 4, 8, run.config.answer_len):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 import eval_gsm8k
 import sample
 import train
-from data import UserError, build_tokenizer, frequent_pieces, load_splits, to_target, toy_split
+from data import UserError, build_tokenizer, decode, frequent_pieces, load_splits, to_target, toy_split
 from orders import parse_order
 
 ROOT = Path(__file__).parent.parent
@@ -153,14 +154,6 @@ def test_mcnemar_is_the_exact_sign_test_of_the_items_that_differ():
     assert eval_gsm8k.mcnemar(a, a) == 1 and eval_gsm8k.mcnemar(a, b) == eval_gsm8k.mcnemar(b, a)
 
 
-@pytest.mark.parametrize("expression, value", [
-    ("1+2*3", 7), ("(1+2)*3", 9), ("-4/8", "-1/2"), ("2--3", 5), ("50%*20", 10), ("20*(5%)", 1), ("1,000/4", 250), (".5+0.25", "3/4"), ("0.1+0.2", "3/10"),
-    (" 7 ", 7), ("", None), ("1/0", None), ("x+1", None), ("2**9", None), ("7//2", None), ("(2)(3)", None), ("(1", None), ("1e5", None), ("9" * 300, None),
-    ("(" * 150 + "1" + ")" * 150, None), ("__import__('os')", None), ("٣+1", None), ("1_0", None), ("1 2", None)])
-def test_expressions_are_valued_exactly_and_never_run(expression, value):
-    assert eval_gsm8k.value_of(expression) == (None if value is None else eval_gsm8k.Fraction(value))
-
-
 @pytest.mark.parametrize("text, counts", [
     ("<<1+2=3>> <<3=5-2>> <<2*2=5>> #### 5", (2, 3)), ("<<10/3=3.33>> <<10/3=3.3>> <<10/3=3>>", (2, 3)), ("<<2=>> <<=2>> <<5>> <<>>", (0, 4)),
     ("no equation", (0, 0)), ("<<1+1=2", (0, 0)), ("<<1+1=1+1=2>>", (0, 1))])
@@ -242,11 +235,30 @@ def test_gsm8k_files_from_training_to_evaluation(tmp_path, capsys):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     out = str(tmp_path / "out")
-    train.main([*TINY, "--preset", "gsm8k", "--data_dir", str(tmp_path), "--out_dir", out, "--target", "full"])
+    train.main([*TINY, "--preset", "gsm8k", "--data_dir", str(tmp_path), "--out_dir", out, "--target", "full", "--augment", "0"])
     eval_gsm8k.main(["--ckpt", f"{out}/ckpt.pt", "--control", "", "--steps", "4", "--json", f"{out}/eval.json"])
     row = json.loads(Path(f"{out}/eval.json").read_text())["rows"][0]
     assert row["n"] == 41 and row["does_not_fit"] == 1
     assert "1 longer than prompt_len 192" in capsys.readouterr().out
+
+
+def test_augmented_batches_depend_on_the_step_alone(tmp_path):
+    """Other numbers each epoch, the same whenever a step is asked for, in batches only; the original where they do not fit."""
+    rows = [json.dumps({"question": f"Jo has {n} pens and buys 997 more. How many?", "answer": f"<<{n}+997={n + 997}>>\n#### {n + 997}"}) for n in range(11, 37)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    run = train.prepare(train.parse_config([*TINY, "--preset", "gsm8k", "--data_dir", str(tmp_path), "--augment", "1"]))
+    steps, before, texts = range(2 * len(run.train.x0) // 4), run.train.x0.clone(), lambda x0: [decode(row.tolist(), run.enc) for row in x0]
+    forwards = {step: train.batch_at(run, "order", step, 4) for step in steps}
+    for step in reversed(steps):
+        assert all(torch.equal(a, b) for a, b in zip(forwards[step], train.batch_at(run, "order", step, 4)))
+    answers = [text for _, x0 in forwards.values() for text in texts(x0)]
+    assert not any("+997" in text for text in answers) and all(eval_gsm8k.count_equations(text) == (1, 1) for text in answers)
+    assert len(set(answers)) > 0.8 * len(answers)  # anew in the second epoch
+    assert torch.equal(run.train.x0, before) and all("+997" in text for text in texts(run.val.x0))
+    for changes, least, most in (({"augment": 0.0}, 20, 20), ({"augment": 0.5}, 1, 19), ({"answer_len": 3}, 20, 20)):
+        other = replace(run, config=replace(run.config, **changes))
+        assert least <= sum("+997" in text for text in texts(train.batch_at(other, "order", 0, 20)[1])) <= most
 
 
 @pytest.mark.parametrize("script, arguments, message", [
@@ -256,6 +268,8 @@ def test_gsm8k_files_from_training_to_evaluation(tmp_path, capsys):
     ("train.py", ["--T", "0"], "--T must be at least 1"),
     ("train.py", ["--tau", "0"], "--tau must be above 0"),
     ("train.py", ["--K", "1"], "--K must be at least 2"),
+    ("train.py", ["--augment", "1.5"], "--augment must be from 0 to 1"),
+    ("train.py", ["--preset", "gsm8k", "--target", "full"], "pass --augment 0"),
     ("train.py", ["--preset", "big"], "choose from toy, gsm8k, gsm8k_aug"),
     ("train.py", ["--n_embd", "30"], "multiple"),
     ("train.py", ["--stepz", "3"], "unrecognized arguments"),
