@@ -307,6 +307,8 @@ def build_stage(stage: str, run: Run) -> tuple[MDM, OrderPosterior | None, list[
     return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)
 
 
+# --- numbers that go wrong, and resume points ------------------------------------------------------------
+
 COUNTS = {"steps": 0, "clipped": 0,  # since the last log line
           "skipped": 0,              # in this stage
           "collapsed": 0}            # steps in a row in which q used hardly more than one step; stays once it is COLLAPSE
@@ -361,6 +363,8 @@ def restore(resume: dict, run: Run, steps: int, modules: list[torch.nn.Module], 
     run.saved = f"{run.path('resume.pt')} (stage {resume['stage']}, step {resume['step']})"
     return resume["counts"]
 
+
+# --- the stages --------------------------------------------------------------------------------------------
 
 def train_stage(stage: str, run: Run, resume: dict | None):
     """Train one stage to its end, from its start or from a resume point, and write its checkpoint."""

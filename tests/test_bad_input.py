@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ def test_bad_arguments_give_one_line_and_status_2(place, capfd, script, argv, me
     errors = [line for line in err.split("\n") if "error:" in line]
     assert status == 2 and len(errors) == 1 and message in errors[0] and "Traceback" not in err
     assert errors[0].isprintable() and err.endswith(errors[0] + "\n")
+
+
+def test_ctrl_c_outside_of_training_ends_with_status_130():
+    with pytest.raises(SystemExit) as stopped:
+        cli(lambda: signal.raise_signal(signal.SIGINT))
+    assert stopped.value.code == 130
 
 
 @pytest.mark.parametrize("out_dir", ["file/x", "loop", LONG, "a\0b", "/proc/absent"])
