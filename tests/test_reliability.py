@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,12 @@ def test_a_skipped_update_is_counted_and_changes_nothing_else(fast, tmp_path, mo
     assert [r.get("skipped") for r in log(tmp_path)] == [None, None, None, None, 1.0]
     before, after = torch.load(tmp_path / "19.pt")["model"], torch.load(tmp_path / "denoiser.pt")["model"]
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("objective, grad, fit", [(-3.0, 1.0, True), (float("inf"), 1.0, False), (float("nan"), 1.0, False), (-3.0, float("inf"), False)])
+def test_objective_and_gradient_must_both_be_finite(objective, grad, fit):
+    run = SimpleNamespace(config=train.Config(skip_nonfinite=True))
+    assert train.fit_to_apply("denoiser", run, 0, 4, dict(train.COUNTS), torch.tensor(objective), torch.tensor(grad), {}) is fit
 
 
 def test_weights_that_are_not_finite_are_never_saved(fast, tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def evaluated(trained, tmp_path_factory):
 def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
     result = json.loads(evaluated.read_text())
     assert result["meta"]["train_config"]["dataset"] == "toy" and result["meta"]["title"] == "toy, test split, 5 items"
+    assert set(result["meta"]) >= {"args", "commit", "torch", "python"} and [c["stage"] for c in result["meta"]["checkpoints"].values()] == ["order", "control"]
     # the learned order on one checkpoint, the others on two; a knob that is not given is chosen, and swept where there is no cap
     rows, sweep = result["rows"], len(eval_gsm8k.ORDERS["threshold"].sweep)
     assert len(rows) == 3 * (2 + 2 * 4) + 2 * (1 + 1 + sweep)
