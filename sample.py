@@ -56,8 +56,8 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
     hidden states at the all-MASK canvas, where they are at hand (the step is counted all the same).
     Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
     order = parse_order(order) if isinstance(order, str) else order
-    if steps < 1 or not (temperature == 0 or 1e-3 <= temperature < float("inf")):  # below, log p / temperature overflows
-        raise UserError(f"need steps >= 1, and temperature 0 or >= 0.001, got {steps} and {temperature}")
+    if steps < 1 or not (temperature == 0 or 1e-6 <= temperature < float("inf")):  # below, log p / temperature overflows
+        raise UserError(f"need steps >= 1, and temperature 0 or >= 1e-6, got {steps} and {temperature}")
     if order.name == "oracle" and x0 is None:
         raise UserError("the oracle looks at the true answer: it runs in eval_gsm8k.py only")
     L, T = model.config.answer_len, min(steps, model.config.answer_len)
