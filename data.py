@@ -26,11 +26,13 @@ generate; PAD of the prompt is never attended to.
 import ast
 import json
 import operator
+import os
 import random
 import re
 import sys
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -46,12 +48,33 @@ class UserError(Exception):
 
 
 def cli(main):
-    """Run a script's main(): a UserError becomes one line on stderr and exit status 2."""
+    """Run a script's main(): a UserError becomes one line on stderr and exit status 2, whatever a name or
+    a file that it quotes holds. Ctrl-C ends with status 130."""
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(e)), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "w"):
+    """A file to write to that takes the place of `path` once it is complete and on the disk: after a kill,
+    a power cut or a full disk there is the old file or the new one, never half of one. Raises UserError."""
+    try:
+        temporary = Path(path).with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as e:  # torch.save raises RuntimeError, a name with NUL ValueError
+        with suppress(OSError, ValueError):  # give a full disk its space back
+            Path(path).with_suffix(".tmp").unlink()
+        raise UserError(f"cannot write {path}: {e}") from e
 
 
 # --- the toy task ------------------------------------------------------------------------------
@@ -116,20 +139,27 @@ def toy_split(split: str, n: int, seed: int = 0) -> list[dict]:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """Non-blank lines with their numbers. Raises UserError for unreadable files and LFS pointers."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path}: {e}") from e
     if text.startswith("version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` where it came from")
-    return [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def fields_of(pairs: list[tuple]) -> dict:
+    """An object of JSON. Python would silently take the last of two fields of one name."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a field stands there twice")
+    return dict(pairs)
 
 
 def read_jsonl(path: Path) -> list[dict]:
     items = []
     for i, line in read_lines(path):
         try:
-            items.append(to_item(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as e:
+            items.append(to_item(json.loads(line, object_pairs_hook=fields_of)))
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{path}, line {i}: want JSON with question and answer ({type(e).__name__}: {e})") from e
     return items
 
@@ -156,6 +186,7 @@ def to_item(row: dict) -> dict:
         answer = f"{steps if isinstance(steps, str) else ' '.join(steps)} #### {answer}"
     if "####" not in answer:
         raise ValueError("answer has no `#### n`")
+    (question + answer).encode()  # ValueError for half of a surrogate pair, which no tokenizer can encode
     return {"question": question.strip(), "answer": answer.strip()}
 
 
@@ -165,7 +196,7 @@ def load_gsm8k(dataset: str, data_dir: str | None) -> dict[str, list[dict]]:
     splits = {}
     if data_dir:
         for split in ("train", "test", "valid"):
-            found = [p for p in (Path(data_dir) / f"{split}.jsonl", Path(data_dir) / f"{split}.txt") if p.exists()]
+            found = [p for p in (Path(data_dir) / f"{split}.jsonl", Path(data_dir) / f"{split}.txt") if os.path.isfile(p)]
             if found:
                 splits[split] = read_jsonl(found[0]) if found[0].suffix == ".jsonl" else read_aug_text(found[0])
             elif split != "valid":
@@ -190,6 +221,8 @@ def load_splits(dataset: str, data_dir: str | None = None, seed: int = 0, toy_si
     make; only its train split depends on `seed`."""
     if dataset == "toy":
         return {split: toy_split(split, n, seed if split == "train" else 0) for split, n in toy_sizes.items()}
+    if dataset not in ("gsm8k", "gsm8k-aug"):
+        raise UserError(f"unknown data set {dataset!r}")
     splits = load_gsm8k(dataset, data_dir)
     train, val = splits["train"], splits.get("valid")
     if val is None:  # held out of train, always the same items: `seed` must not move them

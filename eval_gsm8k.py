@@ -34,6 +34,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import time
@@ -47,7 +48,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import NUMBER, TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits, value_of
+from data import (NUMBER, TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits,
+                  replacing, value_of)
 from model import MDM, load_checkpoint, pick_device, trim
 from orders import ORDERS, Order, parse_order
 from sample import generate, parse_steps, token_text
@@ -340,6 +342,10 @@ def parse_args(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.limit < 0 or min(args.batch_size, args.tune_items, args.seeds) < 1:
         raise UserError("need --limit >= 0 and --batch_size, --tune_items, --seeds >= 1")
+    if max(args.tune_items, args.seeds) > 10_000:
+        raise UserError("need --tune_items and --seeds <= 10000")
+    if not args.plot and (not args.json.endswith(".json") or os.path.isdir(args.json)):
+        raise UserError(f"--json {args.json}: want a file whose name ends in .json")
     for text in args.orders.split(","):
         parse_order(text)
     for text in args.steps.split(","):
@@ -357,17 +363,19 @@ def draw_figures(paths: list[Path]):
             kinds.add((meta["train_config"]["dataset"], meta["args"]["split"], meta["args"]["metric"]))
         except FileNotFoundError:
             raise UserError(f"{path} not found: run `python eval_gsm8k.py` first, or pass --json") from None
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{path} is not a result of this script ({type(e).__name__}: {e})") from e
     if len(kinds) > 1 or not rows:
         raise UserError("one figure shows one data set, split and metric, and at least one row")
     dataset, split, _ = kinds.pop()
-    meta["title"] = f"{dataset}, {split} split, {' and '.join(map(str, sorted({row['n'] for row in rows})))} items"
     try:
+        meta["title"] = f"{dataset}, {split} split, {' and '.join(map(str, sorted({row['n'] for row in rows})))} items"
         plot_curve({"rows": rows, "meta": meta}, paths[0].parent / "curve.png")
         plot_order({"rows": rows, "meta": meta}, paths[0].parent / "order.png")
     except OSError as e:
         raise UserError(f"cannot write figures to {paths[0].parent}: {e}") from e
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"rows in {', '.join(map(str, paths))} are not results of this script ({type(e).__name__}: {e})") from e
 
 
 def commit() -> str:
@@ -379,15 +387,15 @@ def commit() -> str:
         return ""
 
 
+@lru_cache
+def versions() -> dict:
+    """What made a checkpoint or a result: code as it was when the run asked first, torch and Python."""
+    return {"commit": commit(), "torch": str(torch.__version__), "python": platform.python_version()}
+
+
 def write_json(path: Path, content: dict):
-    """Write atomically, through a file of the same name that ends in .tmp."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e}") from e
+    with replacing(path) as file:
+        file.write(json.dumps(content))
 
 
 def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[dict]:
@@ -418,7 +426,7 @@ def main(argv=None):
         draw_figures(paths)
         print(f"drew curve.png and order.png in {paths[0].parent}")
         return
-    device, start = pick_device(args.device), time.perf_counter()
+    device, start, code = pick_device(args.device), time.perf_counter(), versions()
     paths = [path for path in (args.ckpt, args.control) if path]
     models, states = zip(*[load_checkpoint(path, device) for path in paths])
     config, enc = states[0]["train_config"], build_tokenizer(states[0]["pieces"])
@@ -441,7 +449,8 @@ def main(argv=None):
         print(format_row(row))
     if rows[0]["does_not_fit"]:
         print(f"{rows[0]['does_not_fit']} of {len(items)} items are longer than prompt or canvas and count as wrong")
-    meta = {"title": title, "args": vars(args), "train_config": config, "commit": commit(), "torch": torch.__version__,
+    made_by = {path: {key: state[key] for key in ("stage", "step", "versions")} for path, state in zip(paths, states)}
+    meta = {"title": title, "args": vars(args), "train_config": config, **code, "checkpoints": made_by,
             "device": str(device), "threads": torch.get_num_threads(), "seconds": time.perf_counter() - start}
     write_json(Path(args.json), {"meta": meta, "rows": rows})
     draw_figures([Path(args.json)])

@@ -38,9 +38,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError
+from data import UserError, replacing
 
-SCHEMA = 1  # of checkpoint files
+SCHEMA = 2  # of checkpoint files
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ class ModelConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128      # D
+
+    def __post_init__(self):
+        """Raises ValueError: a checkpoint may say anything, and train.py looks at its flags itself."""
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} {value!r} is not a whole number of at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of 2 * n_head")
 
     @property
     def eos(self): return self.vocab_size - 2
@@ -220,31 +228,67 @@ def pick_device(name: str) -> torch.device:
 
 # --- checkpoints: one self-describing file of plain types ----------------------------------------
 
+STATE = {"model_config": dict, "model": dict, "pieces": list, "train_config": dict, "versions": dict, "stage": str, "step": int,
+         "posterior": list, "optimizers": list, "counts": dict, "data": int}  # beside "schema"; train.py says what they hold
+
+
 def save_checkpoint(path: str | Path, model: MDM, pieces: list[str], **extra):
     """Write atomically: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
     state = {"schema": SCHEMA, "model_config": asdict(model.config), "model": model.state_dict(), "pieces": pieces, **extra}
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"cannot write {path}: {e}") from e
+    with replacing(path, "wb") as file:
+        torch.save(state, file)
+
+
+def check_tensors(tensors: dict, wanted: dict):
+    """Raises ValueError unless `tensors` has the names of `wanted` and each the shape, the type and finite numbers."""
+    if set(tensors) != set(wanted):
+        raise ValueError(f"tensors missing or unknown: {', '.join(sorted(map(str, set(tensors) ^ set(wanted)))[:3])}")
+    for name, want in wanted.items():
+        got = tensors[name]
+        if not torch.is_tensor(got) or (got.shape, got.dtype) != (want.shape, want.dtype):
+            raise ValueError(f"{name} is not {want.dtype} of shape {tuple(want.shape)}")
+        if not got.isfinite().all():
+            raise ValueError(f"{name} holds NaN or inf")
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> tuple[MDM, dict]:
-    """Model in eval mode and the file's dict. Raises UserError for a missing or foreign file."""
-    if not Path(path).is_file():
+    """Model in eval mode and the file's dict. The file is not trusted: it is read as plain types, no code in
+    it is run, and nothing larger than the file itself is built from it. Raises UserError for a missing file,
+    another schema and anything that is not a checkpoint."""
+    if not os.path.isfile(path):
         raise UserError(f"{path} not found: run `python train.py` first, or pass the path of a checkpoint")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or type(state.get("schema")) is not int:
+            raise ValueError("no schema")
         if state["schema"] != SCHEMA:
-            raise UserError(f"{path} has schema {state['schema']}, this code reads {SCHEMA}: train again")
-        model = MDM(ModelConfig(**state["model_config"])).to(device)
+            todo = "update the code" if state["schema"] > SCHEMA else "train again"
+            raise UserError(f"{path} has schema {state['schema']}, this code reads {SCHEMA}: {todo}")
+        for name, kind in STATE.items():
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"no {name}, or not a {kind.__name__}")
+        if state["step"] < 0:
+            raise ValueError(f"step {state['step']}")
+        config, pieces = ModelConfig(**state["model_config"]), state["pieces"]
+        if asdict(config) != state["model_config"]:
+            raise ValueError("model_config is not complete")
+        if len({p for p in pieces if len(p.encode()) > 1}) != len(pieces) or config.vocab_size != 256 + len(pieces) + 2:
+            raise ValueError("pieces and vocab_size do not fit")
+        for name in ("dataset", "data_dir", "target"):
+            if not isinstance(state["train_config"].get(name), str):
+                raise ValueError(f"train_config has no {name}")
+        if config.n_layer > len(state["model"]):  # before a billion layers are built
+            raise ValueError(f"n_layer {config.n_layer} has no tensors")
+        with torch.device("meta"):                # shapes without memory
+            wanted = MDM(config).state_dict()
+        if sum(t.numel() * t.element_size() for t in wanted.values()) > os.path.getsize(path):
+            raise ValueError("model_config is larger than the file")
+        check_tensors(state["model"], wanted)
+        model = MDM(config).to(device)
         model.load_state_dict(state["model"])
     except UserError:
         raise
     except Exception as e:  # unpickling a foreign file raises almost anything
-        raise UserError(f"{path} is not a checkpoint of this project ({type(e).__name__})") from e
+        reason = str(e) if isinstance(e, (ValueError, TypeError)) else type(e).__name__
+        raise UserError(f"{path} is not a checkpoint of this project ({reason})") from e
     return model.eval(), state

@@ -19,6 +19,7 @@ neither on the rows beside it nor on when they finish. Rows that are done leave 
 """
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,8 +56,8 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
     hidden states at the all-MASK canvas, where they are at hand (the step is counted all the same).
     Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
     order = parse_order(order) if isinstance(order, str) else order
-    if steps < 1 or not 0 <= temperature < float("inf"):
-        raise UserError(f"need steps >= 1 and temperature >= 0, got {steps} and {temperature}")
+    if steps < 1 or not (temperature == 0 or 1e-6 <= temperature < float("inf")):  # below, log p / temperature overflows
+        raise UserError(f"need steps >= 1, and temperature 0 or >= 1e-6, got {steps} and {temperature}")
     if order.name == "oracle" and x0 is None:
         raise UserError("the oracle looks at the true answer: it runs in eval_gsm8k.py only")
     L, T = model.config.answer_len, min(steps, model.config.answer_len)
@@ -136,7 +137,8 @@ def save_gif(path: str, question: str, tokens, reveal_step, enc, columns: int = 
         with writer.saving(figure, path, dpi=100):
             for t in [*range(last + 1), last, last]:  # the finished answer stays for a while
                 figure.clear()
-                figure.text(0.01, 0.98, textwrap.fill(question, columns * 5), va="top", parse_math=False)
+                text = textwrap.fill(question, columns * 5).encode(errors="replace").decode()  # argv may hold broken UTF-8
+                figure.text(0.01, 0.98, text, va="top", parse_math=False)
                 figure.text(0.99, 0.02, f"step {t} of {last}", ha="right")
                 axes = figure.add_axes((0, 0.11, 1, lines * 0.45 / figure.get_figheight()), xlim=(0, columns), ylim=(lines, 0))
                 axes.axis("off")
@@ -157,9 +159,17 @@ def parse_steps(text: str) -> int:
     """A step budget: a whole number, or L for as many steps as the canvas has positions."""
     if text.upper() == "L":
         return 10**9
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
         raise UserError(f"steps must be a whole number of at least 1, or L, got {text!r}")
     return int(text)
+
+
+def encode_questions(questions: list[str], enc, prompt_len: int) -> torch.Tensor:
+    """Prompts (B, P) of any texts. Raises UserError for an empty question or one that does not fit."""
+    prompts = [encode_prompt(question, enc, prompt_len) for question in questions]
+    if None in prompts or not questions or not all(questions):
+        raise UserError(f"a prompt must have 1 to {prompt_len} tokens")
+    return torch.tensor(prompts)
 
 
 def main(argv=None):
@@ -183,20 +193,18 @@ def main(argv=None):
         raise UserError(f"--gif {args.gif}: the name must end in .gif")
     model, state = load_checkpoint(args.ckpt, device)
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples must be at least 1, got {args.num_samples}")
+    if not 1 <= args.num_samples <= 10_000 or not abs(args.seed) < 2**62:
+        raise UserError(f"need 1 <= --num_samples <= 10000 and -2^62 < --seed < 2^62, got {args.num_samples} and {args.seed}")
     if args.prompt is None:
         splits = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes={"val": args.num_samples})
         fitting = [item for item in splits["val"] if encode_prompt(item["question"], enc, model.config.prompt_len)]
         items = fitting[: args.num_samples]
     else:
         items = [{"question": args.prompt.strip(), "answer": None}] * args.num_samples
-    prompts = [encode_prompt(item["question"], enc, model.config.prompt_len) for item in items]
-    if None in prompts or not items[0]["question"]:
-        raise UserError(f"a prompt must have 1 to {model.config.prompt_len} tokens")
+    prompt = encode_questions([item["question"] for item in items], enc, model.config.prompt_len).to(device)
 
     sys.stdout.reconfigure(errors="replace")  # terminals that cannot show "∎"
-    prompt, seeds = torch.tensor(prompts, device=device), [args.seed + i for i in range(len(items))]
+    seeds = [args.seed + i for i in range(len(items))]
     outs = [generate(model, prompt, steps, order, temperature=args.temperature, seeds=seeds) for order in orders]
     for i, item in enumerate(items):
         show(item, [(str(order), out.tokens[i].tolist(), out.reveal_step[i].tolist()) for order, out in zip(orders, outs)], enc)

@@ -11,8 +11,10 @@ Three stages, one loop:
               network states as the order stage saw
 Written to --out_dir: denoiser.pt, ckpt.pt (after the order stage), control.pt, resume.pt, log.jsonl.
 
-Every random draw is seeded by (seed, stage, step), never by what was drawn before. So resuming needs
-no generator state, and evaluating or logging more often changes nothing.
+Every random draw is seeded by (seed, stage, step), never by what was drawn before, and so is the place
+in the data. So a resume point (networks, optimizers, stage, step, the counts below) needs no generator
+state, resuming is bit for bit on a CPU with as many threads, and evaluating, logging or saving more often
+changes nothing. Files are replaced, not overwritten: whenever a run is killed, --resume finds whole ones.
 
 The log, and what healthy looks like (bounds and kl in nats per answer):
     val            bound on log p(x0 | c), validation items: rises, flattens; the order stage begins
@@ -26,11 +28,15 @@ The log, and what healthy looks like (bounds and kl in nats per answer):
     p_steps        steps used by the sampler on validation items; approaches q_steps
     eos_share      share of EOS and PAD among the positions that q reveals at steps 1..T (log.jsonl)
     grad           gradient norm before clipping to 1; ktok/s: thousand tokens of network input a second
+    clipped        share of the steps since the last line whose gradient was clipped
+    skipped        with --skip_nonfinite: updates left out in this stage because of NaN or inf; should not appear
 """
 
 import argparse
 import dataclasses
 import json
+import math
+import os
 import random
 import signal
 import sys
@@ -43,9 +49,9 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data import TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits
-from eval_gsm8k import HEADER, Bench, evaluate, format_row
-from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
+from data import TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits, replacing
+from eval_gsm8k import HEADER, Bench, evaluate, format_row, versions
+from model import MDM, ModelConfig, check_tensors, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
 from orders import parse_order
 from posterior import OrderPosterior, order_objective
 from sample import generate
@@ -98,10 +104,15 @@ class Config:
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds")
     save_every: int = arg(500, "steps between resume points")
+    save_minutes: float = arg(1.0, "minutes between resume points, where that is sooner")
+    skip_nonfinite: bool = arg(False, "leave out an update with NaN or inf and count it, instead of stopping")
     eval_items: int = arg(256, "validation items for the bounds in the log")
     table_items: int = arg(128, "validation items for the final table")
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):  # a resume point may say anything
+            if not isinstance(getattr(self, f.name), (float, int) if f.type is float else f.type):
+                raise UserError(f"--{f.name} {getattr(self, f.name)!r} is not of type {f.type.__name__}")
         choices = {"preset": PRESETS, "dataset": ("toy", "gsm8k", "gsm8k-aug"), "target": ("equations", "full"),
                    "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda", "mps")}
         for name, allowed in choices.items():
@@ -109,12 +120,18 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
         minimum = dict.fromkeys(("prompt_len", "answer_len", "n_layer", "n_head", "n_embd", "train_items", "batch_size", "T",
                                  "batch_size_order", "n_layer_posterior", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
+        most = {"n_layer": 1000, "n_layer_posterior": 1000, "K": 1000, "T": 10_000, "n_embd": 10**5, "prompt_len": 10**5, "answer_len": 10**5,
+                "train_items": 10**7, "n_pieces": 10**6}
         for name, least in {**minimum, "K": 2, "max_steps_denoiser": 0, "max_steps_order": 0, "n_pieces": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
+            if getattr(self, name) > most.get(name, 10**9):
+                raise UserError(f"--{name} must be at most {most.get(name, 10**9)}, got {getattr(self, name)}")
+        for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown", "save_minutes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.kl_ramp <= 1 or self.cooldown > 1:
+            raise UserError(f"--kl_ramp and --cooldown are shares of a stage, at most 1, got {self.kl_ramp} and {self.cooldown}")
         if not 0 <= self.augment <= 1:
             raise UserError(f"--augment must be from 0 to 1, got {self.augment}")
         if self.augment and (self.dataset == "toy" or self.target == "full"):
@@ -131,7 +148,7 @@ PRESETS = {
     # The paper's recipe. Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
                       max_steps_denoiser=45_000, max_steps_order=15_000, batch_size_order=32, K=8, T=5, lr_matrix=0.005,
-                      lr_other=5e-4, n_layer_posterior=4, eval_every=2500, save_every=1000),
+                      lr_other=5e-4, n_layer_posterior=4, eval_every=2500, save_every=1000, save_minutes=10),
 }
 
 
@@ -145,8 +162,12 @@ def parse_config(argv=None) -> Config:
     given = vars(parser.parse_args(argv))
     base = PRESETS.get(given.get("preset", "toy"), {})
     if given.get("resume"):
-        base = load_checkpoint(Path(given.get("out_dir", "out")) / "resume.pt")[1]["train_config"]
-        free = {"resume", "out_dir", "data_dir", "device", "log_every", "eval_every", "save_every"}
+        path = Path(given.get("out_dir", "out")) / "resume.pt"
+        state = load_checkpoint(path)[1]
+        base = state["train_config"]
+        if set(base) != {f.name for f in dataclasses.fields(Config)}:
+            raise UserError(f"{path} was written by other code (commit {state['versions'].get('commit')}): go on with that, or start anew without --resume")
+        free = {"resume", "out_dir", "data_dir", "device", "log_every", "eval_every", "save_every", "save_minutes", "skip_nonfinite"}
         changed = [name for name in given if name not in free and given[name] != base[name]]
         if changed:
             raise UserError(f"--resume continues the same run: leave out --{', --'.join(changed)}, or start anew without --resume")
@@ -157,6 +178,13 @@ def parse_config(argv=None) -> Config:
 
 def seed_of(*parts) -> int:
     return zlib.crc32("-".join(map(str, parts)).encode())
+
+
+def rows_at(n: int, step: int, size: int, seed: int, stage: str):
+    """Which of n rows make this step's batch: a fresh permutation each epoch, found from the step number alone."""
+    epoch, i = divmod(step, max(n // size, 1))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, stage, "epoch", epoch)))
+    return order[i * size : (i + 1) * size]
 
 
 def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
@@ -188,7 +216,10 @@ class Run:
     enc: tiktoken.Encoding  # the tokenizer
     train: Split
     val: Split
-    stop: bool = False  # set by Ctrl-C: finish the step, save, leave
+    data: int        # checksum of train: a resumed run must see the same rows
+    stop: bool = False                                         # set by Ctrl-C: finish the step, save, leave
+    saved: str = "none yet"                                    # the last resume point, for messages
+    saved_at: float = field(default_factory=time.monotonic)    # seconds
 
     @property
     def autocast(self) -> bool:
@@ -199,15 +230,18 @@ class Run:
 
     def log(self, record: dict):
         """One JSON line to log.jsonl, one line of columns to the screen."""
-        with open(self.path("log.jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path("log.jsonl"), "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.path('log.jsonl')}: {e}; last resume point: {self.saved}") from e
         columns = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)]
         tqdm.write(f"{record['stage']:<9}{record['step']:>7}  " + "  ".join(columns))
 
 
 def prepare(config: Config) -> Run:
     device = pick_device(config.device)
-    items = load_splits(config.dataset, config.data_dir or None, config.seed, TOY_SIZES | {"train": config.train_items})
+    items = load_splits(config.dataset, config.data_dir or None, config.seed, {"train": config.train_items, "val": TOY_SIZES["val"]})
     pieces = frequent_pieces(items["train"], config.target, config.n_pieces)
     enc = build_tokenizer(pieces)
     splits = {name: encode_split(items[name], enc, config.prompt_len, config.answer_len, config.target) for name in items}
@@ -216,19 +250,17 @@ def prepare(config: Config) -> Run:
         if not any(split.fits):
             raise UserError(f"no item of {name} fits: raise --prompt_len and --answer_len")
     items["train"] = [item for item, fits in zip(items["train"], splits["train"].fits) if fits]
-    return Run(config, device, items, pieces, enc, splits["train"], splits["val"])
+    data = zlib.crc32(splits["train"].x0.numpy(), zlib.crc32(splits["train"].prompt.numpy()))
+    return Run(config, device, items, pieces, enc, splits["train"], splits["val"], data)
 
 
 def batch_at(run: Run, stage: str, step: int, size: int):
-    """The batch of this step, (size, P) and (size, L): a fresh permutation of the items each epoch, some with other
-    numbers. All is found from the step number alone."""
-    config, split = run.config, run.train
-    epoch, i = divmod(step, max(len(split.x0) // size, 1))
-    order = torch.randperm(len(split.x0), generator=torch.Generator().manual_seed(seed_of(config.seed, stage, "epoch", epoch)))
-    rows = order[i * size : (i + 1) * size]
-    prompt, x0 = split.prompt[rows], split.x0[rows]  # copies
+    """The batch of this step, (size, P) and (size, L), some items with other numbers. All is found from the step number alone."""
+    config = run.config
+    rows = rows_at(len(run.train.x0), step, size, config.seed, stage)
+    prompt, x0 = run.train.prompt[rows], run.train.x0[rows]  # copies
     for k, row in enumerate(rows.tolist()):
-        rng = random.Random(seed_of(config.seed, stage, "augment", epoch, row))
+        rng = random.Random(seed_of(config.seed, stage, "augment", step, row))
         other = augment(run.items["train"][row], rng) if rng.random() < config.augment else None
         if other:
             new = encode_split([other], run.enc, config.prompt_len, config.answer_len, config.target)
@@ -293,6 +325,65 @@ def build_stage(stage: str, run: Run) -> tuple[MDM, OrderPosterior | None, list[
     return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)
 
 
+# --- numbers that go wrong, and resume points ------------------------------------------------------------
+
+COUNTS = {"steps": 0, "clipped": 0,  # since the last log line
+          "skipped": 0,              # in this stage
+          "collapsed": 0}            # steps in a row in which q used hardly more than one step; stays once it is COLLAPSE
+COLLAPSE = 200
+
+
+def fit_to_apply(stage: str, run: Run, step: int, batch_size: int, counts: dict, objective, grad, logs: dict) -> bool:
+    """Is this step's update finite? If not, raises UserError, or says False with --skip_nonfinite. Keeps the
+    counts, and warns once when the order collapses. One transfer from the device."""
+    objective, grad, q_steps = torch.stack([objective.detach(), grad, logs.get("q_steps", grad)]).tolist()
+    finite = math.isfinite(objective) and math.isfinite(grad)
+    if not finite and not run.config.skip_nonfinite:
+        rows = rows_at(len(run.train.x0), step, batch_size, run.config.seed, stage).tolist()
+        raise UserError(f"stage {stage}, step {step + 1}: objective {objective:g}, gradient norm {grad:g}, training rows {rows}; last resume "
+                        f"point: {run.saved}; start anew with smaller --lr_matrix and --lr_other, or --resume --skip_nonfinite")
+    counts["steps"] += 1
+    counts["clipped"] += finite and grad > 1
+    counts["skipped"] += not finite
+    if stage == "order" and run.config.T > 1 and counts["collapsed"] < COLLAPSE:
+        counts["collapsed"] = counts["collapsed"] + 1 if q_steps < 1.05 else 0
+        if counts["collapsed"] == COLLAPSE:
+            tqdm.write(f"warning: q reveals everything in one step for {COLLAPSE} steps now: the order has collapsed; "
+                       "start anew with a smaller --tau, then a longer --kl_ramp")
+    return finite
+
+
+def report(counts: dict) -> dict:
+    """The counts as the log has them; the next line's begin anew."""
+    record = {"clipped": counts["clipped"] / counts["steps"], **({"skipped": float(counts["skipped"])} if counts["skipped"] else {})}
+    counts["steps"] = counts["clipped"] = 0
+    return record
+
+
+def restore(resume: dict, run: Run, steps: int, modules: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]) -> dict:
+    """Put a resume point into a stage's networks and optimizers: its counts. The file is not trusted; the
+    optimizers' constants come from the Config. Raises UserError where something does not fit."""
+    try:
+        if resume["step"] > steps or resume["counts"].keys() != COUNTS.keys() or \
+                not all(type(n) is int and n >= 0 for n in resume["counts"].values()):
+            raise ValueError("step or counts")
+        for module, state in zip(modules, [resume["model"], *resume["posterior"]], strict=True):
+            check_tensors(state, module.state_dict())
+            module.load_state_dict(state)
+        for optimizer, state in zip(optimizers, resume["optimizers"], strict=True):
+            for i, tensors in state.items():  # of the i-th parameter, if it ever had a gradient
+                p = optimizer.param_groups[0]["params"][i]
+                check_tensors(tensors, {"momentum_buffer": p} if isinstance(optimizer, torch.optim.Muon) else
+                              {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise UserError(f"{run.path('resume.pt')} does not fit its own constants ({e}): start anew without --resume") from e
+    run.saved = f"{run.path('resume.pt')} (stage {resume['stage']}, step {resume['step']})"
+    return resume["counts"]
+
+
+# --- the stages --------------------------------------------------------------------------------------------
+
 def train_stage(stage: str, run: Run, resume: dict | None):
     """Train one stage to its end, from its start or from a resume point, and write its checkpoint."""
     config, device = run.config, run.device
@@ -302,14 +393,16 @@ def train_stage(stage: str, run: Run, resume: dict | None):
     modules = [model, posterior] if posterior else [model]
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
     base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    if resume:
-        for part, state in zip(modules + optimizers, [resume["model"], *resume["posterior"], *resume["optimizers"]]):
-            part.load_state_dict(state)
+    counts = restore(resume, run, steps, modules, optimizers) if resume else dict(COUNTS)
 
     def save(name: str, step: int, with_optimizers: bool = False):
-        save_checkpoint(run.path(name), model, run.pieces, train_config=asdict(config), stage=stage, step=step,
-                        posterior=[posterior.state_dict()] if posterior else [],
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers] if with_optimizers else [])
+        if not all(p.isfinite().all() for p in params):
+            raise UserError(f"stage {stage}, step {step}: NaN or inf in the weights, not saved; last resume point: {run.saved}")
+        save_checkpoint(run.path(name), model, run.pieces, train_config=asdict(config), versions=versions(), data=run.data,
+                        stage=stage, step=step, counts=counts, posterior=[posterior.state_dict()] if posterior else [],
+                        optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers] if with_optimizers else [])
+        if with_optimizers:
+            run.saved, run.saved_at = f"{run.path(name)} (stage {stage}, step {step})", time.monotonic()
 
     start, tokens, since = resume["step"] if resume else 0, 0, time.perf_counter()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=None):
@@ -325,16 +418,18 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        if fit_to_apply(stage, run, step, batch_size, counts, objective, grad, logs):
+            for optimizer in optimizers:
+                optimizer.step()
 
         done, tokens = step + 1, tokens + (prompt.shape[1] + x0.shape[1]) * len(x0) * (config.K if posterior else 1)
         if done % config.log_every == 0 or done == steps:
-            speed = {"grad": grad.item(), "lr_factor": factor, "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
+            speed = {"grad": grad.item(), **report(counts), "lr_factor": factor, "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
             evaluated = validate(stage, run, model, posterior) if done % config.eval_every == 0 or done == steps else {}
             run.log({"stage": stage, "step": done, **readable(logs, x0, model.config.eos), **speed, **evaluated})
             tokens, since = 0, time.perf_counter()
-        if done % config.save_every == 0 or done == steps or run.stop:
+        due = done % config.save_every == 0 or time.monotonic() - run.saved_at > 60 * config.save_minutes
+        if due or done == steps or run.stop:
             save("resume.pt", done, with_optimizers=True)
         if run.stop:
             print(f"stopped after step {done} of stage {stage}; go on with: python train.py --resume --out_dir {config.out_dir}")
@@ -353,29 +448,45 @@ def summary(run: Run):
             print(format_row({"checkpoint": checkpoint, **evaluate(benches[checkpoint], parse_order(name), budget)}), flush=True)
 
 
-def before(record: dict, resume: dict) -> bool:
-    """Was this log line written before the resume point?"""
-    key = lambda r: (STAGES.index(r["stage"]), r["step"])
-    return key(record) <= key(resume)
+def before(line: str, resume: dict) -> bool:
+    """Was this line of the log written before the resume point? No, if a kill left only half of it."""
+    try:
+        record = json.loads(line)
+        return (STAGES.index(record["stage"]), record["step"]) <= (STAGES.index(resume["stage"]), resume["step"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def start_log(run: Run, resume: dict | None):
+    """A new log, or the old one up to the resume point: what came after it will be written again."""
+    path, old, lines = run.path("log.jsonl"), run.path("resume.pt"), []
+    try:
+        if resume and os.path.isfile(path):
+            lines = [line for line in path.read_text(errors="replace").split("\n") if before(line, resume)]
+        elif not resume and os.path.isfile(old):  # a later --resume must not take it for this run's
+            old.replace(run.path("resume.old.pt"))
+            print("the resume point of an earlier run is now resume.old.pt")
+    except OSError as e:
+        raise UserError(f"cannot write to --out_dir {run.config.out_dir}: {e}") from e
+    with replacing(path) as file:
+        file.write("".join(line + "\n" for line in lines))
 
 
 def main(argv=None):
     config, start = parse_config(argv), time.perf_counter()
     run, resume = prepare(config), None
     if config.resume:
-        resume = load_checkpoint(run.path("resume.pt"), run.device)[1]
-    try:  # a new log, or the old one up to the resume point
-        run.path("").mkdir(parents=True, exist_ok=True)
-        lines = run.path("log.jsonl").read_text().splitlines(keepends=True) if resume else []
-        kept = [line for line in lines if before(json.loads(line), resume)]
-        run.path("log.jsonl").write_text("".join(kept))
-    except OSError as e:
-        raise UserError(f"cannot write to --out_dir {config.out_dir}: {e}") from e
+        resume = load_checkpoint(run.path("resume.pt"))[1]  # on the CPU: optimizers count their steps there
+        if resume["stage"] not in STAGES or (resume["pieces"], resume["data"]) != (run.pieces, run.data):
+            raise UserError(f"{run.path('resume.pt')} was trained on other data: bring back what --data_dir held, or start anew without --resume")
+    start_log(run, resume)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True))
-    for stage in STAGES:
-        if not resume or STAGES.index(stage) >= STAGES.index(resume["stage"]):
-            train_stage(stage, run, resume if resume and resume["stage"] == stage else None)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for stage in STAGES:
+            if not resume or STAGES.index(stage) >= STAGES.index(resume["stage"]):
+                train_stage(stage, run, resume if resume and resume["stage"] == stage else None)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     summary(run)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes on {run.device}; next: python sample.py --steps {config.T} --ckpt {run.path('ckpt.pt')}")
 

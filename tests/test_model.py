@@ -123,21 +123,3 @@ def test_a_model_overfits_one_batch():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-50:]) / 50 < 0.1 * losses[0]
-
-
-def test_checkpoint_round_trip(tmp_path):
-    model = small_model()
-    save_checkpoint(tmp_path / "a" / "m.pt", model, ["ab", "é"], step=3, train_config={"tau": 0.1})
-    loaded, state = load_checkpoint(tmp_path / "a" / "m.pt")
-    assert state["pieces"] == ["ab", "é"] and state["step"] == 3 and loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["m.pt"]  # no temporary file is left
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
-def test_foreign_files_are_refused(tmp_path, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UserError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "x.pt")
-    with pytest.raises(UserError, match="not found: run"):
-        load_checkpoint(tmp_path / "absent.pt")

@@ -182,7 +182,7 @@ def test_the_noise_is_finer_than_float32():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(steps=0), "steps >= 1"), (dict(steps=4, temperature=-1.0), "temperature >= 0"),
+    (dict(steps=0), "steps >= 1"), (dict(steps=4, temperature=-1.0), "temperature 0 or"), (dict(steps=4, temperature=1e-9), ">= 1e-6"),
     (dict(steps=4, order="best"), "unknown order"), (dict(steps=4, order="oracle@2"), "the oracle looks at the true answer")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError, match=message):

@@ -95,6 +95,7 @@ def evaluated(trained, tmp_path_factory):
 def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
     result = json.loads(evaluated.read_text())
     assert result["meta"]["train_config"]["dataset"] == "toy" and result["meta"]["title"] == "toy, test split, 5 items"
+    assert set(result["meta"]) >= {"args", "commit", "torch", "python"} and [c["stage"] for c in result["meta"]["checkpoints"].values()] == ["order", "control"]
     # the learned order on one checkpoint, the others on two; a knob that is not given is chosen, and swept where there is no cap
     rows, sweep = result["rows"], len(eval_gsm8k.ORDERS["threshold"].sweep)
     assert len(rows) == 3 * (2 + 2 * 4) + 2 * (1 + 1 + sweep)
@@ -196,33 +197,6 @@ def test_wilson_interval():
     assert eval_gsm8k.wilson(0, 10)[0] == 0 and eval_gsm8k.wilson(1, 10)[1] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("stop_after", [3, 12, 17, 30])
-def test_a_stopped_run_resumes_bit_for_bit(trained, tmp_path, monkeypatch, stop_after):
-    """Ctrl-C after some step of any stage, then --resume: same weights, same log."""
-    calls, clip = [0], torch.nn.utils.clip_grad_norm_
-
-    def interrupting_clip(*args):
-        calls[0] += 1
-        if calls[0] == stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
-        return clip(*args)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupting_clip)
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*TINY, "--out_dir", str(tmp_path)])
-    assert stopped.value.code == 130
-    monkeypatch.undo()
-    train.main(["--resume", "--out_dir", str(tmp_path)])
-    for name in ("denoiser.pt", "ckpt.pt", "control.pt"):
-        assert all(torch.equal(a, b) for a, b in zip(weights(trained / name), weights(tmp_path / name), strict=True)), name
-    assert log(tmp_path) == log(trained)
-
-
-def test_evaluating_and_saving_more_often_changes_nothing(trained, tmp_path):
-    train.main([*TINY, "--out_dir", str(tmp_path), "--eval_every", "4", "--save_every", "1", "--log_every", "4"])
-    assert all(torch.equal(a, b) for a, b in zip(weights(trained / "control.pt"), weights(tmp_path / "control.pt"), strict=True))
-
-
 def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
     train.main([*TINY, "--out_dir", str(tmp_path), "--freeze_denoiser"])
     before, after = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("denoiser.pt", "ckpt.pt"))
@@ -264,41 +238,11 @@ def test_augmented_batches_depend_on_the_step_alone(tmp_path):
 @pytest.mark.parametrize("script, arguments, message", [
     ("sample.py", ["--ckpt", "absent.pt"], "absent.pt not found: run `python train.py` first"),
     ("eval_gsm8k.py", ["--ckpt", "absent.pt"], "not found"),
-    ("train.py", ["--resume", "--out_dir", "absent"], "not found"),
-    ("train.py", ["--T", "0"], "--T must be at least 1"),
-    ("train.py", ["--tau", "0"], "--tau must be above 0"),
-    ("train.py", ["--K", "1"], "--K must be at least 2"),
-    ("train.py", ["--augment", "1.5"], "--augment must be from 0 to 1"),
-    ("train.py", ["--preset", "gsm8k", "--target", "full"], "pass --augment 0"),
-    ("train.py", ["--preset", "big"], "choose from toy, gsm8k, gsm8k_aug"),
-    ("train.py", ["--n_embd", "30"], "multiple"),
-    ("train.py", ["--stepz", "3"], "unrecognized arguments"),
-    ("train.py", ["--preset", "gsm8k", "--data_dir", "absent"], "no train.jsonl or train.txt"),
-    ("train.py", ["--preset", "gsm8k"], "check the network, or pass --data_dir"),
-    ("train.py", ["--out_dir", "/dev/null/x", "--train_items", "10"], "cannot write"),
-] + ([] if torch.cuda.is_available() else [("train.py", ["--device", "cuda", "--train_items", "10"], "--device cuda: not available")]))
+    ("train.py", ["--preset", "gsm8k"], "check the network, or pass --data_dir")])
 def test_bad_input_is_one_line_and_status_2(script, arguments, message):
     status, _, err = run(script, *arguments)
     assert status == 2 and message in err and "Traceback" not in err
     assert len([line for line in err.splitlines() if "error:" in line]) == 1
-
-
-@pytest.mark.parametrize("main, arguments, message", [
-    (sample, ["--steps", "0"], "steps must be"), (sample, ["--steps", "four"], "steps must be"), (sample, ["--steps", "-1"], "steps must be"),
-    (sample, ["--order", "best"], "unknown order 'best': choose from learned"), (sample, ["--prompt", ""], "1 to 36 tokens"),
-    (sample, ["--prompt", "   "], "1 to 36 tokens"), (sample, ["--prompt", "word " * 999], "1 to 36 tokens"), (sample, ["--num_samples", "0"], "num_samples"),
-    (sample, ["--temperature", "-1"], "temperature"), (sample, ["--order", "oracle"], "true answer"), (sample, ["--compare", "learned,best"], "unknown order"),
-    (sample, ["--gif", "/dev/null/x.gif", "--num_samples", "1"], "cannot write"), (sample, ["--gif", "x.mp4"], "must end in .gif"),
-    (sample, ["--temperature", "nan"], "temperature"), (eval_gsm8k, ["--plot", "--json", "absent.json"], "absent.json not found"),
-    (eval_gsm8k, ["--plot", "--json", str(ROOT / "README.md")], "not a result of this script"),
-    (eval_gsm8k, ["--seeds", "0"], "seeds"), (eval_gsm8k, ["--orders", "threshold:high"], "cannot read order"),
-    (eval_gsm8k, ["--orders", "learned,best"], "unknown order 'best'"), (eval_gsm8k, ["--steps", "1,,2"], "steps must be"),
-    (eval_gsm8k, ["--limit", "-1"], "limit"), (eval_gsm8k, ["--limit", "1", "--steps", "1", "--control", "", "--json", "/dev/null/x.json"], "cannot write")])
-def test_bad_arguments(trained, tmp_path, monkeypatch, main, arguments, message):
-    monkeypatch.chdir(tmp_path)  # where the default paths lead
-    defaults = ["--ckpt", str(trained / "ckpt.pt")] + (["--control", str(trained / "control.pt")] if main is eval_gsm8k else [])
-    with pytest.raises(UserError, match=message):
-        main.main([*defaults, *arguments])
 
 
 def test_changed_constants_cannot_be_resumed(trained):
