@@ -84,23 +84,24 @@ class Config:
     train_items: int = arg(50_000, "size of the toy's training pool")
     augment: float = arg(0.0, "GSM8K: share of the training items that get other numbers, where they can, anew each epoch")
     # stage 1
-    max_steps_denoiser: int = arg(2400, "optimizer steps of stage 1")
+    max_steps_denoiser: int = arg(1500, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
     lr_matrix: float = arg(0.02, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(1300, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(1600, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
-    K: int = arg(4, "orders per example; the control's batch is batch_size_order * K")
+    K: int = arg(3, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
     T: int = arg(4, "step budget that the order is learned for")
-    tau: float = arg(0.1, "temperature of Eq. 3")
+    tau: float = arg(0.1, "temperature of Eq. 3 at the start of the order stage")
+    tau_end: float = arg(0.03, "and at its end")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
     lr_scale_order: float = arg(1.0, "denoiser's learning rates after stage 1, over stage 1's")
     lr_scale_posterior: float = arg(0.3, "posterior's learning rates, over stage 1's")
     n_layer_posterior: int = arg(2, "blocks of the posterior network")
     freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
     # both
-    cooldown: float = arg(0.6, "last share of a stage, in which the learning rates fall to 0")
+    cooldown: float = arg(0.6, "last share of the order stage, and of the control, in which the learning rates fall to 0")
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds")
     save_every: int = arg(500, "steps between resume points")
@@ -127,7 +128,7 @@ class Config:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
             if getattr(self, name) > most.get(name, 10**9):
                 raise UserError(f"--{name} must be at most {most.get(name, 10**9)}, got {getattr(self, name)}")
-        for name in ("tau", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown", "save_minutes"):
+        for name in ("tau", "tau_end", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown", "save_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.kl_ramp <= 1 or self.cooldown > 1:
@@ -200,8 +201,8 @@ def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float
 
 
 def lr_factor(step: int, steps: int, cooldown: float) -> float:
-    """20 steps of warm-up, constant, then linear to 0 over the last share `cooldown` of the stage."""
-    return min(1.0, (step + 1) / 20, (1 - step / steps) / cooldown)
+    """20 steps of warm-up, constant, then linear to 0 over the last share `cooldown` of the stage, if any."""
+    return min(1.0, (step + 1) / 20, (1 - step / steps) / cooldown if cooldown else 1.0)
 
 
 # --- the run -------------------------------------------------------------------------------------------
@@ -288,7 +289,10 @@ def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior 
         return elbo, {"elbo": elbo.detach()}
     # [NEW] the KL weight grows over the first kl_ramp of the stage: q settles before p has to pay for following it.
     kl_weight = min(1.0, 0.1 + 0.9 * progress / config.kl_ramp) if config.kl_ramp > 0 else 1.0
-    objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=config.tau,
+    # [NEW] tau falls: at first many orders are tried, in the end q means one. While its gates are soft, some of step t's
+    # positions are left for step t+1, and no order can rely on that step for what has to wait.
+    tau = config.tau * (config.tau_end / config.tau) ** progress
+    objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=tau,
                                       kl_weight=kl_weight, generator=generator)
     return objective, logs
 
@@ -388,7 +392,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
     """Train one stage to its end, from its start or from a resume point, and write its checkpoint."""
     config, device = run.config, run.device
     steps = config.max_steps_denoiser if stage == "denoiser" else config.max_steps_order
-    batch_size = {"denoiser": config.batch_size, "order": config.batch_size_order, "control": config.batch_size_order * config.K}[stage]
+    batch_size = {"denoiser": config.batch_size, "order": config.batch_size_order, "control": config.batch_size_order * (1 + config.K)}[stage]
     model, posterior, optimizers = build_stage(stage, run)
     modules = [model, posterior] if posterior else [model]
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -406,7 +410,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 
     start, tokens, since = resume["step"] if resume else 0, 0, time.perf_counter()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=None):
-        factor = lr_factor(step, steps, config.cooldown)
+        factor = lr_factor(step, steps, 0.0 if stage == "denoiser" else config.cooldown)  # stage 1 is gone on from
         for optimizer, lr in zip(optimizers, base_lrs):
             optimizer.param_groups[0]["lr"] = lr * factor
         prompt, x0 = batch_at(run, stage, step, batch_size)
@@ -422,7 +426,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             for optimizer in optimizers:
                 optimizer.step()
 
-        done, tokens = step + 1, tokens + (prompt.shape[1] + x0.shape[1]) * len(x0) * (config.K if posterior else 1)
+        done, tokens = step + 1, tokens + len(x0) * (prompt.shape[1] + x0.shape[1] * (1 + config.K if posterior else 1))
         if done % config.log_every == 0 or done == steps:
             speed = {"grad": grad.item(), **report(counts), "lr_factor": factor, "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
             evaluated = validate(stage, run, model, posterior) if done % config.eval_every == 0 or done == steps else {}
