@@ -1,0 +1,281 @@
+"""Speed on this machine, beside two yardsticks: its own matrix products, and a causal twin of the model.
+
+    python bench.py                                     the toy's sizes, minutes on 2 CPU cores
+    python bench.py --preset gsm8k --dtype bfloat16     any flag of train.py; random tokens where there is no data
+    python bench.py --ckpt out/ckpt.pt --json out/bench.json
+
+matmul    square matrix products in the run's dtype: what the machine can do
+stage 1   whole training steps: batch, forward, backward, clipping, optimizers. Its share of matmul counts the matrix
+          products alone: those of the forward pass as they run (prompts trimmed, token head at masked positions only,
+          attention's scores and values), 2 FLOPs per multiply-add, times 3 for forward and backward. Embeddings, norms,
+          softmax and Muon's products do no counted work, only take time
+order     the order stage, in network states (batch_size_order * K a step); `cost` is its seconds per state over those of
+          stage 1's loss on as many rows a step
+sample    answers by greedy gates, learned:0.5, in at most so many steps; finished rows leave the batch. Without
+          --ckpt the gates are untrained, all closed, and every step but the last reveals a single token
+twin      the same network read causally, with a key-value cache: one greedy token per forward pass. Its weights are
+          random, so it is told where to stop: after as many tokens as the true answer has, EOS included
+
+Answer tokens are those of the true answers. Each number is a median over --rounds, taken in turn after a round of
+warm-up. Memory is the most that was held while the job ran: allocated on CUDA; on Linux the whole process' resident set,
+what earlier jobs left behind included.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import Split, UserError, cli
+from eval_gsm8k import commit, write_json
+from model import MDM, denoiser_elbo, load_checkpoint, pick_device, rotate, save_checkpoint, trim
+from sample import generate, parse_steps
+from train import Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, stage_objective
+
+AT_LEAST = 0.3  # seconds that one measurement lasts, so that short jobs are called many times
+
+# --- the causal twin -------------------------------------------------------------------------------------
+
+class CausalTwin(MDM):
+    """The same network, left to right: a token sees the prompt and the answer before it, and predicts the next."""
+
+    def read(self, tokens, place, attend, caches):
+        """Hidden states (B, n, D) of the n newest tokens. attend (B, 1, 1 or n, S) bool: which of the S tokens so far,
+        the newest included, each may see. caches: keys and values (2, B, H, at least S, D/H) of each block."""
+        trunk, B, n, S = self.trunk, *tokens.shape, attend.shape[-1]
+        x, cos, sin = trunk.embed(tokens) + trunk.place(place), trunk.cos[place], trunk.sin[place]
+        for block, cache in zip(trunk.blocks, caches):
+            q, k, v = block.qkv(block.norm1(x)).view(B, n, 3, block.n_head, -1).permute(2, 0, 3, 1, 4)
+            q, k = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin), rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
+            cache[0, :, :, S - n : S], cache[1, :, :, S - n : S] = k, v
+            y = F.scaled_dot_product_attention(q.to(cache.dtype), *cache[:, :, :, :S], attn_mask=attend)
+            x = x + block.proj(y.transpose(1, 2).reshape(B, n, -1))
+            x = x + block.down(F.relu(block.up(block.norm2(x))).square())
+        return trunk.norm(x)
+
+    @torch.no_grad()
+    def write(self, prompt, lengths, dtype=None):
+        """Greedy answers (B, longest), row b for lengths[b] tokens and PAD after them. prompt (B, P'), padded at the end;
+        dtype: of the cache."""
+        (B, P), config, longest = prompt.shape, self.config, int(lengths.max())
+        size = (2, B, config.n_head, P + longest, config.n_embd // config.n_head)
+        caches = [self.token_head.weight.new_empty(size, dtype=dtype) for _ in self.trunk.blocks]
+        place = torch.arange(config.prompt_len + longest, device=prompt.device)
+        seen = torch.cat([prompt != config.pad, prompt.new_ones(B, longest, dtype=torch.bool)], 1)[:, None, None]  # (B, 1, 1, S)
+        h = self.read(prompt, place[:P], seen[..., :P] & (place[:P, None] >= place[:P]), caches)
+        rows, answer = torch.arange(B, device=prompt.device), prompt.new_full((B, longest), config.pad)
+        h = h[rows, (prompt != config.pad).sum(-1) - 1]                                        # of the last prompt token
+        for i in range(longest):
+            token = self.token_head(h).argmax(-1)
+            answer[rows, i] = token
+            unfinished = lengths[rows] > i + 1
+            if not unfinished.all():
+                rows, token, seen, caches = rows[unfinished], token[unfinished], seen[unfinished], [c[:, unfinished] for c in caches]
+            if len(rows) == 0:
+                break
+            h = self.read(token[:, None], place[None, config.prompt_len + i], seen[..., : P + i + 1], caches)[:, 0]
+        return answer
+
+
+# --- what is measured ------------------------------------------------------------------------------------
+
+def make_run(config: Config) -> Run:
+    """The data that training would use; random tokens where it is not on disk: prompts and answers that fill half to all
+    of their canvas."""
+    if config.dataset == "toy" or config.data_dir:
+        return prepare(config)
+    V, n, generator = 256 + config.n_pieces + 2, 2048, torch.Generator().manual_seed(config.seed)
+
+    def draw(length):
+        lengths = torch.randint((length + 1) // 2, length + 1, (n, 1), generator=generator)
+        return torch.randint(V - 2, (n, length), generator=generator).masked_fill(torch.arange(length) >= lengths, V - 1), lengths
+
+    (prompt, _), (x0, lengths) = draw(config.prompt_len), draw(config.answer_len)
+    split = Split(prompt, x0.scatter(1, lengths - 1, V - 2), [True] * n)
+    return Run(config, pick_device(config.device), {}, [f"piece {i}" for i in range(config.n_pieces)], split, split)
+
+
+def forward_size(run: Run, model: MDM, n: int = 8) -> tuple[float, float]:
+    """FLOPs and tokens of stage 1's forward pass, mean of its first n batches. FLOPs are torch's count of the matrix
+    products that run, two per multiply-add; plain attention stands in for the fused kernels, not all of which it knows."""
+    config, tokens = run.config, 0
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for i in range(n):
+            prompt, x0 = batch_at(run.train, i, config.batch_size, config.seed, "denoiser", model.config.pad, run.device)
+            denoiser_elbo(model, prompt, x0, torch.Generator(run.device).manual_seed(seed_of(config.seed, "denoiser", i)))
+            tokens += prompt.numel() + x0.numel()
+    return counter.get_total_flops() / n, tokens / n
+
+
+def training(stage: str, run: Run, batch_size: int):
+    """Two jobs: a whole step of train_stage, and its optimizers alone, on the gradients of the last step."""
+    config, counter = run.config, itertools.count()
+    model, posterior, optimizers = build_stage(stage, run)
+    params = [p for module in (model, posterior) if module for p in module.parameters() if p.requires_grad]
+
+    def step():
+        i = next(counter)
+        prompt, x0 = batch_at(run.train, i, batch_size, config.seed, stage, model.config.pad, run.device)
+        generator = torch.Generator(run.device).manual_seed(seed_of(config.seed, stage, i))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.autocast):
+            objective, _ = stage_objective(stage, run, model, posterior, prompt, x0, 1.0, generator)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        (-objective / config.answer_len).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        update()
+
+    def update():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step, update
+
+
+def answering(run: Run, batch: int, answer):
+    """A job: `answer` to the next `batch` validation items, called with prompts (batch, P') and true answers (batch, L)."""
+    counter = itertools.count()
+
+    def job():
+        rows = (torch.arange(batch) + batch * next(counter)) % len(run.val.x0)
+        pad = 256 + len(run.pieces) + 1
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.autocast):
+            answer(trim(run.val.prompt[rows], pad).to(run.device), run.val.x0[rows].to(run.device))
+
+    return job
+
+
+def answer_lengths(x0, eos: int):
+    """Tokens of each answer up to EOS, which counts: (B, L) -> (B,)."""
+    return (x0 < eos).sum(-1) + 1
+
+
+# --- measuring -------------------------------------------------------------------------------------------
+
+def synchronize(device: torch.device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> float | None:
+    """MB held at most since the last reset, None where the system does not tell (see the top of this file)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        return None
+
+
+def measure(jobs: dict, rounds: int, device: torch.device) -> tuple[dict, dict]:
+    """Seconds of one call, the median over rounds, and peak memory in MB, of each job. In every round each job in turn
+    is called until AT_LEAST seconds are over; the first round warms up and does not count."""
+    seconds, memory = {name: [] for name in jobs}, {}
+    for _ in tqdm(range(rounds + 1), desc="rounds", disable=None, leave=False):
+        for name, job in jobs.items():
+            peak_memory(device, reset=True)
+            start, calls = time.perf_counter(), 0
+            while calls == 0 or time.perf_counter() - start < AT_LEAST:
+                job()
+                synchronize(device)
+                calls += 1
+            seconds[name].append((time.perf_counter() - start) / calls)
+            memory[name] = peak_memory(device)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}, memory
+
+
+def parse_args(argv) -> tuple[argparse.Namespace, Config]:
+    parser = argparse.ArgumentParser(description="Measure speed. Every other flag goes to train.py: see python train.py --help.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each number; their median counts")
+    parser.add_argument("--batches", default="1,64,512", help="answers generated at once, comma-separated")
+    parser.add_argument("--steps", default="1,2,4,8,L", help="step budgets, comma-separated; L is the length of the canvas")
+    parser.add_argument("--ckpt", help="checkpoint to train on and to sample from; random weights otherwise")
+    parser.add_argument("--json", help="where to write the results")
+    args, rest = parser.parse_known_args(argv)
+    if args.rounds < 1 or not all(batch.isascii() and batch.isdigit() and int(batch) for batch in args.batches.split(",")):
+        raise UserError(f"--rounds and --batches must be whole numbers of at least 1, got {args.rounds} and {args.batches}")
+    for text in args.steps.split(","):
+        parse_steps(text)
+    return args, parse_config(rest)
+
+
+def show(result: dict):
+    """Print the results as a table."""
+    meta, train, memory = result["meta"], result["train"], {name: f"{mb:.0f}" if mb else "" for name, mb in result["memory_mb"].items()}
+    print(f"{meta['device']}, {meta['threads']} threads, {meta['dtype']}, torch {meta['torch']}, commit {meta['commit']}")
+    print(f"matmul    {result['matmul_gflops']:.1f} GFLOP/s at {meta['matmul']}")
+    print(f"stage 1   {train['sequences_per_s']:.1f} sequences/s, {train['tokens_per_s']:.0f} tokens/s: {100 * result['train_share']:.1f} % of matmul "
+          f"({train['gflop_per_step']:.2f} GFLOP a step); optimizers {100 * train['optimizer_share']:.1f} % of the time; {memory['stage 1']} MB")
+    print(f"order     {result['order_states_per_s']:.1f} states/s, cost {result['order_cost_ratio']:.2f}; {memory['order']} MB")
+    print(f"\n{'answers':<10}{'batch':>6}{'steps':>8}{'answers/s':>11}{'tokens/s':>10}{'MB':>8}")
+    tokens = result["answer_tokens"]
+    rows = [(f"sample {T}", batch, result["sample_steps"][T][batch], rate) for T in result["sample"] for batch, rate in result["sample"][T].items()]
+    rows += [("twin", batch, tokens, rate) for batch, rate in result["causal_twin"].items()]
+    for name, batch, steps, rate in rows:
+        print(f"{name:<10}{batch:>6}{steps:>8.2f}{rate:>11.1f}{rate * tokens:>10.0f}{memory[f'{name} {batch}']:>8}")
+
+
+def main(argv=None):
+    (args, config), start = parse_args(argv), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:  # the order stage starts from the denoiser in --out_dir
+        run = make_run(dataclasses.replace(config, out_dir=folder))
+        device, model = run.device, build_stage("denoiser", run)[0]
+        if args.ckpt:
+            expected, (model, _) = model.config, load_checkpoint(args.ckpt, device)
+            if model.config != expected:
+                raise UserError(f"--ckpt {args.ckpt} has other sizes than this run: pass the flags that it was trained with")
+        save_checkpoint(run.path("denoiser.pt"), model, run.pieces)
+        states, (flops, tokens) = config.batch_size_order * config.K, forward_size(run, model)
+        step, update = training("denoiser", run, config.batch_size)
+        order, control = training("order", run, config.batch_size_order)[0], training("control", run, states)[0]
+
+    side, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if run.autocast else torch.float32
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    jobs = {"matmul": lambda: a @ b, "stage 1": step, "optimizers": update, "order": order, "control": control}
+    steps, batches = list(dict.fromkeys(args.steps.split(","))), list(dict.fromkeys(args.batches.split(",")))
+    used, twin = defaultdict(list), CausalTwin(model.config).to(device)
+    for T, batch in itertools.product(steps, batches):
+        def sample(prompt, x0, T=T, batch=batch):
+            used[T, batch].append(generate(model, prompt, parse_steps(T), "learned:0.5").steps.float().mean().item())
+        jobs[f"sample {T} {batch}"] = answering(run, int(batch), sample)
+    for batch in batches:
+        jobs[f"twin {batch}"] = answering(run, int(batch), lambda prompt, x0: twin.write(prompt, answer_lengths(x0, model.config.eos), dtype))
+
+    seconds, memory = measure(jobs, args.rounds, device)
+    matmul = 2 * side**3 / seconds["matmul"]
+    result = {
+        "matmul_gflops": matmul / 1e9, "train_share": 3 * flops / seconds["stage 1"] / matmul,
+        "train": {"sequences_per_s": config.batch_size / seconds["stage 1"], "tokens_per_s": tokens / seconds["stage 1"],
+                  "gflop_per_step": 3 * flops / 1e9, "optimizer_share": seconds["optimizers"] / seconds["stage 1"]},
+        "order_cost_ratio": seconds["order"] / seconds["control"], "order_states_per_s": states / seconds["order"],
+        "sample": {T: {batch: int(batch) / seconds[f"sample {T} {batch}"] for batch in batches} for T in steps},
+        "sample_steps": {T: {batch: statistics.mean(used[T, batch]) for batch in batches} for T in steps},
+        "causal_twin": {batch: int(batch) / seconds[f"twin {batch}"] for batch in batches},
+        "answer_tokens": answer_lengths(run.val.x0, model.config.eos).float().mean().item(), "memory_mb": memory, "seconds_per_call": seconds,
+        "meta": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+                 "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "matmul": f"{side} x {side}", "torch": torch.__version__,
+                 "commit": commit(), "args": vars(args), "config": dataclasses.asdict(config), "seconds": time.perf_counter() - start},
+    }
+    show(result)
+    if args.json:
+        write_json(Path(args.json), result)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,135 @@
+"""bench.py: the causal twin's cache, the counted FLOPs, and that a measured step is a step of train.py."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import bench
+import train
+from data import UserError
+from model import ModelConfig, load_checkpoint
+from test_scripts import TINY
+
+TINY = [*TINY, "--dtype", "float32"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return bench.make_run(train.parse_config([*TINY, "--out_dir", str(tmp_path)]))
+
+
+def twin_and_prompt():
+    """In float64, with prompts of 3, 1 and 5 tokens."""
+    torch.manual_seed(0)
+    twin = bench.CausalTwin(ModelConfig(vocab_size=11, prompt_len=6, answer_len=7, n_layer=3, n_head=2, n_embd=16)).double()
+    for p in twin.parameters():  # heads and output projections start at 0, which would hide everything
+        torch.nn.init.normal_(p, std=0.3)
+    return twin, torch.tensor([[1, 2, 3, 10, 10], [4, 10, 10, 10, 10], [5, 6, 7, 8, 1]])
+
+
+def uncached_logits(twin, prompt, answer):
+    """Logits (B, P' + n, V) of one whole pass through the blocks as they are, with a causal mask."""
+    P, n, trunk = prompt.shape[1], answer.shape[1], twin.trunk
+    place = torch.cat([torch.arange(P), twin.config.prompt_len + torch.arange(n)])
+    tokens = torch.cat([prompt, answer], 1)
+    seen = torch.cat([prompt != twin.config.pad, torch.ones_like(answer, dtype=torch.bool)], 1)[:, None, None, :]
+    x = trunk.embed(tokens) + trunk.place(place)
+    for block in trunk.blocks:
+        x = block(x, trunk.cos[place], trunk.sin[place], seen & torch.ones(P + n, P + n, dtype=torch.bool).tril())
+    return twin.token_head(trunk.norm(x))
+
+
+@torch.no_grad()
+def test_the_cached_twin_gives_the_logits_of_the_uncached_causal_pass():
+    twin, prompt = twin_and_prompt()
+    answer, P = torch.randint(11, (3, 7)), prompt.shape[1]
+    want = uncached_logits(twin, prompt, answer)
+    caches = [torch.full((2, 3, 2, P + 7, 8), torch.nan, dtype=torch.float64) for _ in range(3)]  # nothing is read before it is written
+    seen = torch.cat([prompt != 10, torch.ones(3, 7, dtype=torch.bool)], 1)[:, None, None, :]
+    got = [twin.read(prompt, torch.arange(P), seen[..., :P] & torch.ones(P, P, dtype=torch.bool).tril(), caches)]
+    got += [twin.read(answer[:, i : i + 1], torch.tensor([6 + i]), seen[..., : P + i + 1], caches) for i in range(7)]
+    got = twin.token_head(torch.cat(got, 1))
+    written = seen.flatten(1)  # what padding would predict means nothing
+    assert torch.allclose(got[written], want[written], atol=1e-12) and want[written].std() > 0.1
+
+
+@torch.no_grad()
+def test_each_row_of_the_twin_is_the_greedy_answer_to_its_prompt_alone():
+    twin, prompt = twin_and_prompt()
+    lengths = torch.tensor([4, 7, 1])
+    out = twin.write(prompt, lengths)
+    for row, n, tokens in zip(prompt, lengths.tolist(), out):
+        alone, answer = row[row != 10][None], torch.zeros(1, 0, dtype=torch.long)
+        for _ in range(n):
+            answer = torch.cat([answer, uncached_logits(twin, alone, answer)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(tokens[:n], answer[0]) and (tokens[n:] == 10).all()
+
+
+def test_counted_flops_are_those_of_the_formula(run):
+    model, heads = train.build_stage("denoiser", run)[0], []
+    model.token_head.register_forward_hook(lambda _, inputs, output: heads.append(len(inputs[0])))  # masked positions of a batch
+    flops, tokens = bench.forward_size(run, model, n=3)
+    B, L, D, V = run.config.batch_size, run.config.answer_len, run.config.n_embd, model.config.vocab_size
+    want = 0
+    for i in range(3):
+        P = train.batch_at(run.train, i, B, run.config.seed, "denoiser", model.config.pad, run.device)[0].shape[1]
+        S = P + L
+        want += 2 * (B * S * 12 * D * D + B * S * S * D * 2 + heads[i] * D * V) / 3  # one block; qkv 3, proj 1, MLP 8; scores and values
+    assert flops == pytest.approx(want, rel=1e-12) and len(set(heads)) > 1
+    assert tokens == pytest.approx(sum(train.batch_at(run.train, i, B, 0, "denoiser", model.config.pad, run.device)[0].shape[1] + L for i in range(3)) * B / 3)
+
+
+def test_a_measured_step_is_a_step_of_train(run, monkeypatch):
+    """Bit for bit, but for the learning rate's schedule and the ramp of the KL weight, which cost nothing."""
+    run = bench.make_run(train.parse_config([*TINY, "--out_dir", run.config.out_dir, "--kl_ramp", "0", "--max_steps_denoiser", "5", "--max_steps_order", "5"]))
+    monkeypatch.setattr(train, "lr_factor", lambda *_: 1.0)
+    for stage, batch_size, name in (("denoiser", 4, "denoiser.pt"), ("order", 4, "ckpt.pt"), ("control", 8, "control.pt")):
+        made = []
+        build = train.build_stage
+        monkeypatch.setattr(bench, "build_stage", lambda *args: made.append(build(*args)) or made[-1])
+        step, _ = bench.training(stage, run, batch_size)
+        start = [p.clone() for p in made[0][0].parameters()]
+        for _ in range(5):
+            step()
+        train.train_stage(stage, run, None)
+        trained = load_checkpoint(run.path(name))[0]
+        assert all(torch.equal(a, b) for a, b in zip(made[0][0].parameters(), trained.parameters()))
+        assert not all(torch.equal(a, b) for a, b in zip(made[0][0].parameters(), start))
+
+
+def test_jobs_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
+    monkeypatch.setattr(bench, "AT_LEAST", 0.0)
+    calls = []
+    jobs = {"a": lambda: (time.sleep(0.3 * (not calls)), calls.append("a")), "b": lambda: (time.sleep(0.02), calls.append("b"))}
+    seconds, _ = bench.measure(jobs, 2, torch.device("cpu"))
+    assert calls == ["a", "b"] * 3 and seconds["a"] < 0.2 and seconds["b"] >= 0.02
+
+
+def test_the_toy_and_random_data_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "AT_LEAST", 0.0)
+    flags = [*TINY, "--rounds", "1", "--json", str(tmp_path / "b" / "bench.json")]
+    bench.main([*flags, "--batches", "1,3", "--steps", "1,L"])
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert set(result["sample"]) == {"1", "L"} and set(result["sample"]["L"]) == set(result["causal_twin"]) == {"1", "3"}
+    assert result["sample_steps"] == {"1": {"1": 1, "3": 1}, "L": {"1": 60, "3": 60}}  # untrained gates are closed
+    assert 0 < result["train_share"] < 1.5 and result["order_cost_ratio"] > 0 and result["matmul_gflops"] > 0
+    assert result["train_share"] == pytest.approx(result["train"]["gflop_per_step"] / result["seconds_per_call"]["stage 1"] / result["matmul_gflops"])
+    assert result["meta"]["config"]["n_embd"] == 16 and sum(line.startswith(("sample", "twin")) for line in printed.splitlines()) == 6
+    bench.main([*flags, "--batches", "2", "--steps", "2", "--dataset", "gsm8k", "--answer_len", "9", "--dtype", "bfloat16"])
+    result = json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert 5 <= result["answer_tokens"] <= 9 and result["sample_steps"] == {"2": {"2": 2}} and result["meta"]["dtype"] == "bfloat16"
+
+
+def test_bad_flags_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="--rounds and --batches"):
+        bench.main(["--batches", "1,x"])
+    with pytest.raises(UserError, match="steps must be"):
+        bench.main(["--steps", "0"])
+    with pytest.raises(UserError, match="--n_embd 15 must be"):
+        bench.main(["--n_embd", "15"])
+    run = bench.make_run(train.parse_config([*TINY, "--out_dir", str(tmp_path)]))
+    bench.save_checkpoint(tmp_path / "a.pt", train.build_stage("denoiser", run)[0], run.pieces)
+    with pytest.raises(UserError, match="has other sizes"):
+        bench.main([*TINY, "--n_embd", "32", "--ckpt", str(tmp_path / "a.pt")])
