@@ -21,12 +21,12 @@ def run(tmp_path):
 
 
 def twin_and_prompt():
-    """In float64, with prompts of 3, 1 and 5 tokens."""
+    """In float64, with prompts of 1 to 5 tokens."""
     torch.manual_seed(0)
     twin = bench.CausalTwin(ModelConfig(vocab_size=11, prompt_len=6, answer_len=7, n_layer=3, n_head=2, n_embd=16)).double()
     for p in twin.parameters():  # heads and output projections start at 0, which would hide everything
-        torch.nn.init.normal_(p, std=0.3)
-    return twin, torch.tensor([[1, 2, 3, 10, 10], [4, 10, 10, 10, 10], [5, 6, 7, 8, 1]])
+        torch.nn.init.normal_(p, std=0.6)
+    return twin, torch.randint(9, (20, 5)).masked_fill(torch.arange(5) > torch.arange(20)[:, None] % 5, twin.config.pad)
 
 
 def uncached_logits(twin, prompt, answer):
@@ -44,10 +44,10 @@ def uncached_logits(twin, prompt, answer):
 @torch.no_grad()
 def test_the_cached_twin_gives_the_logits_of_the_uncached_causal_pass():
     twin, prompt = twin_and_prompt()
-    answer, P = torch.randint(11, (3, 7)), prompt.shape[1]
+    answer, (B, P) = torch.randint(11, (len(prompt), 7)), prompt.shape
     want = uncached_logits(twin, prompt, answer)
-    caches = [torch.full((2, 3, 2, P + 7, 8), torch.nan, dtype=torch.float64) for _ in range(3)]  # nothing is read before it is written
-    seen = torch.cat([prompt != 10, torch.ones(3, 7, dtype=torch.bool)], 1)[:, None, None, :]
+    caches = [torch.full((2, B, 2, P + 7, 8), torch.nan, dtype=torch.float64) for _ in range(3)]  # nothing is read before it is written
+    seen = torch.cat([prompt != 10, torch.ones(B, 7, dtype=torch.bool)], 1)[:, None, None, :]
     got = [twin.read(prompt, torch.arange(P), seen[..., :P] & torch.ones(P, P, dtype=torch.bool).tril(), caches)]
     got += [twin.read(answer[:, i : i + 1], torch.tensor([6 + i]), seen[..., : P + i + 1], caches) for i in range(7)]
     got = twin.token_head(torch.cat(got, 1))
@@ -58,7 +58,7 @@ def test_the_cached_twin_gives_the_logits_of_the_uncached_causal_pass():
 @torch.no_grad()
 def test_each_row_of_the_twin_is_the_greedy_answer_to_its_prompt_alone():
     twin, prompt = twin_and_prompt()
-    lengths = torch.tensor([4, 7, 1])
+    lengths = torch.randint(1, 8, (len(prompt),))
     out = twin.write(prompt, lengths)
     for row, n, tokens in zip(prompt, lengths.tolist(), out):
         alone, answer = row[row != 10][None], torch.zeros(1, 0, dtype=torch.long)
