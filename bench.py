@@ -9,7 +9,7 @@ stage 1   whole training steps: batch, forward, backward, clipping, optimizers. 
           products alone: those of the forward pass as they run (prompts trimmed, token head at masked positions only,
           attention's scores and values), 2 FLOPs per multiply-add, times 3 for forward and backward. Embeddings, norms,
           softmax and Muon's products do no counted work, only take time
-order     the order stage, in network states (batch_size_order * K a step); `cost` is its seconds per state over those of
+order     the order stage, in network states (batch_size_order * (1 + K) a step); `cost` is its seconds per state over those of
           stage 1's loss on as many rows a step
 sample    answers by greedy gates, learned:0.5, in at most so many steps; finished rows leave the batch. Without
           --ckpt the gates are untrained, all closed, and every step but the last reveals a single token
@@ -32,14 +32,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Split, UserError, cli
 from eval_gsm8k import commit, write_json
-from model import MDM, denoiser_elbo, load_checkpoint, pick_device, rotate, save_checkpoint, trim
+from model import MDM, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
 from sample import generate, parse_steps
 from train import Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, stage_objective
 
@@ -50,30 +49,27 @@ AT_LEAST = 0.3  # seconds that one measurement lasts, so that short jobs are cal
 class CausalTwin(MDM):
     """The same network, left to right: a token sees the prompt and the answer before it, and predicts the next."""
 
-    def read(self, tokens, place, attend, caches):
-        """Hidden states (B, n, D) of the n newest tokens. attend (B, 1, 1 or n, S) bool: which of the S tokens so far,
-        the newest included, each may see. caches: keys and values (2, B, H, at least S, D/H) of each block."""
-        trunk, B, n, S = self.trunk, *tokens.shape, attend.shape[-1]
-        x, cos, sin = trunk.embed(tokens) + trunk.place(place), trunk.cos[place], trunk.sin[place]
-        for block, cache in zip(trunk.blocks, caches):
-            q, k, v = block.qkv(block.norm1(x)).view(B, n, 3, block.n_head, -1).permute(2, 0, 3, 1, 4)
-            q, k = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin), rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
-            cache[0, :, :, S - n : S], cache[1, :, :, S - n : S] = k, v
-            y = F.scaled_dot_product_attention(q.to(cache.dtype), *cache[:, :, :, :S], attn_mask=attend)
-            x = x + block.proj(y.transpose(1, 2).reshape(B, n, -1))
-            x = x + block.down(F.relu(block.up(block.norm2(x))).square())
-        return trunk.norm(x)
+    def go_on(self, tokens, start: int, attend, caches):
+        """Hidden states (B, n, D) of the n newest tokens, which stand at places from `start` on. attend (B, 1, 1 or n, S)
+        bool: which of the S tokens so far, the newest included, each may see. caches: keys and values (B, 2, H, at
+        least S, D/H) of each block."""
+        n, S = tokens.shape[1], attend.shape[-1]
+        x, cos, sin = self.trunk.enter(tokens, start)
+        for block, cache in zip(self.trunk.blocks, caches):
+            cache[..., S - n : S, :] = block.keys_values(x, cos, sin)
+            x = block(x, cos, sin, cache[..., :S, :], attend)
+        return self.trunk.norm(x)
 
     @torch.no_grad()
     def write(self, prompt, lengths, dtype=None):
         """Greedy answers (B, longest), row b for lengths[b] tokens and PAD after them. prompt (B, P'), padded at the end;
         dtype: of the cache."""
         (B, P), config, longest = prompt.shape, self.config, int(lengths.max())
-        size = (2, B, config.n_head, P + longest, config.n_embd // config.n_head)
+        size = (B, 2, config.n_head, P + longest, config.n_embd // config.n_head)
         caches = [self.token_head.weight.new_empty(size, dtype=dtype) for _ in self.trunk.blocks]
-        place = torch.arange(config.prompt_len + longest, device=prompt.device)
+        causal = torch.ones(P, P, dtype=torch.bool, device=prompt.device).tril()
         seen = torch.cat([prompt != config.pad, prompt.new_ones(B, longest, dtype=torch.bool)], 1)[:, None, None]  # (B, 1, 1, S)
-        h = self.read(prompt, place[:P], seen[..., :P] & (place[:P, None] >= place[:P]), caches)
+        h = self.go_on(prompt, 0, seen[..., :P] & causal, caches)
         rows, answer = torch.arange(B, device=prompt.device), prompt.new_full((B, longest), config.pad)
         h = h[rows, (prompt != config.pad).sum(-1) - 1]                                        # of the last prompt token
         for i in range(longest):
@@ -81,10 +77,10 @@ class CausalTwin(MDM):
             answer[rows, i] = token
             unfinished = lengths[rows] > i + 1
             if not unfinished.all():
-                rows, token, seen, caches = rows[unfinished], token[unfinished], seen[unfinished], [c[:, unfinished] for c in caches]
+                rows, token, seen, caches = rows[unfinished], token[unfinished], seen[unfinished], [c[unfinished] for c in caches]
             if len(rows) == 0:
                 break
-            h = self.read(token[:, None], place[None, config.prompt_len + i], seen[..., : P + i + 1], caches)[:, 0]
+            h = self.go_on(token[:, None], config.prompt_len + i, seen[..., : P + i + 1], caches)[:, 0]
         return answer
 
 
@@ -112,7 +108,7 @@ def forward_size(run: Run, model: MDM, n: int = 8) -> tuple[float, float]:
     config, tokens = run.config, 0
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for i in range(n):
-            prompt, x0 = batch_at(run.train, i, config.batch_size, config.seed, "denoiser", model.config.pad, run.device)
+            prompt, x0 = batch_at(run, "denoiser", i, config.batch_size)
             denoiser_elbo(model, prompt, x0, torch.Generator(run.device).manual_seed(seed_of(config.seed, "denoiser", i)))
             tokens += prompt.numel() + x0.numel()
     return counter.get_total_flops() / n, tokens / n
@@ -126,7 +122,7 @@ def training(stage: str, run: Run, batch_size: int):
 
     def step():
         i = next(counter)
-        prompt, x0 = batch_at(run.train, i, batch_size, config.seed, stage, model.config.pad, run.device)
+        prompt, x0 = batch_at(run, stage, i, batch_size)
         generator = torch.Generator(run.device).manual_seed(seed_of(config.seed, stage, i))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.autocast):
             objective, _ = stage_objective(stage, run, model, posterior, prompt, x0, 1.0, generator)
@@ -205,7 +201,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each number; their median counts")
     parser.add_argument("--batches", default="1,64,512", help="answers generated at once, comma-separated")
     parser.add_argument("--steps", default="1,2,4,8,L", help="step budgets, comma-separated; L is the length of the canvas")
-    parser.add_argument("--ckpt", help="checkpoint to train on and to sample from; random weights otherwise")
+    parser.add_argument("--ckpt", help="checkpoint to sample from, and to start the order stage from; random weights otherwise")
     parser.add_argument("--json", help="where to write the results")
     args, rest = parser.parse_known_args(argv)
     if args.rounds < 1 or not all(batch.isascii() and batch.isdigit() and int(batch) for batch in args.batches.split(",")):
@@ -233,6 +229,8 @@ def show(result: dict):
 
 def main(argv=None):
     (args, config), start = parse_args(argv), time.perf_counter()
+    if args.json:
+        write_json(Path(args.json).with_suffix(".tmp"), {})  # fails now rather than after minutes
     with tempfile.TemporaryDirectory() as folder:  # the order stage starts from the denoiser in --out_dir
         run = make_run(dataclasses.replace(config, out_dir=folder))
         device, model = run.device, build_stage("denoiser", run)[0]
@@ -241,7 +239,7 @@ def main(argv=None):
             if model.config != expected:
                 raise UserError(f"--ckpt {args.ckpt} has other sizes than this run: pass the flags that it was trained with")
         save_checkpoint(run.path("denoiser.pt"), model, run.pieces)
-        states, (flops, tokens) = config.batch_size_order * config.K, forward_size(run, model)
+        states, (flops, tokens) = config.batch_size_order * (1 + config.K), forward_size(run, model)
         step, update = training("denoiser", run, config.batch_size)
         order, control = training("order", run, config.batch_size_order)[0], training("control", run, states)[0]
 
