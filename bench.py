@@ -16,8 +16,8 @@ sample    answers by greedy gates, learned:0.5, in at most so many steps; finish
 twin      the same network read causally, with a key-value cache: one greedy token per forward pass. Its weights are
           random, so it is told where to stop: after as many tokens as the true answer has, EOS included
 
-Answer tokens are those of the true answers. Each number is a median over --rounds, taken in turn after a round of
-warm-up. Memory is the most that was held while the job ran: allocated on CUDA; on Linux the whole process' resident set,
+Answer tokens are those of the true answers. Each number is a median over --rounds, taken in turn, so that the first and
+cold one does not count. Memory is the most that was held while the job ran: allocated on CUDA; on Linux the whole process' resident set,
 what earlier jobs left behind included.
 """
 
@@ -180,9 +180,9 @@ def peak_memory(device: torch.device, reset: bool = False) -> float | None:
 
 def measure(jobs: dict, rounds: int, device: torch.device) -> tuple[dict, dict]:
     """Seconds of one call, the median over rounds, and peak memory in MB, of each job. In every round each job in turn
-    is called until AT_LEAST seconds are over; the first round warms up and does not count."""
+    is called until AT_LEAST seconds are over."""
     seconds, memory = {name: [] for name in jobs}, {}
-    for _ in tqdm(range(rounds + 1), desc="rounds", disable=None, leave=False):
+    for _ in tqdm(range(rounds), desc="rounds", disable=None, leave=False):
         for name, job in jobs.items():
             peak_memory(device, reset=True)
             start, calls = time.perf_counter(), 0
@@ -192,13 +192,13 @@ def measure(jobs: dict, rounds: int, device: torch.device) -> tuple[dict, dict]:
                 calls += 1
             seconds[name].append((time.perf_counter() - start) / calls)
             memory[name] = peak_memory(device)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}, memory
+    return {name: statistics.median(values) for name, values in seconds.items()}, memory
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(description="Measure speed. Every other flag goes to train.py: see python train.py --help.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each number; their median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each number; their median counts, so 3 or more")
     parser.add_argument("--batches", default="1,64,512", help="answers generated at once, comma-separated")
     parser.add_argument("--steps", default="1,2,4,8,L", help="step budgets, comma-separated; L is the length of the canvas")
     parser.add_argument("--ckpt", help="checkpoint to sample from, and to start the order stage from; random weights otherwise")

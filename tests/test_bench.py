@@ -99,12 +99,12 @@ def test_a_measured_step_is_a_step_of_train(run, monkeypatch):
         assert not all(torch.equal(a, b) for a, b in zip(made[0][0].parameters(), start))
 
 
-def test_jobs_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
+def test_jobs_run_in_turn_and_a_cold_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(bench, "AT_LEAST", 0.0)
     calls = []
     jobs = {"a": lambda: (time.sleep(0.3 * (not calls)), calls.append("a")), "b": lambda: (time.sleep(0.02), calls.append("b"))}
-    seconds, _ = bench.measure(jobs, 1, torch.device("cpu"))
-    assert calls == ["a", "b"] * 2 and seconds["a"] < 0.1 and seconds["b"] >= 0.02
+    seconds, _ = bench.measure(jobs, 3, torch.device("cpu"))
+    assert calls == ["a", "b"] * 3 and seconds["a"] < 0.1 and seconds["b"] >= 0.02
 
 
 def test_the_toy_and_random_data_are_measured(tmp_path, monkeypatch, capsys):
