@@ -36,8 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Split, UserError, cli
-from eval_gsm8k import commit, write_json
+from data import Split, UserError, build_tokenizer, cli
+from eval_gsm8k import versions, write_json
 from model import MDM, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
 from sample import generate, parse_steps
 from train import Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, stage_objective
@@ -98,8 +98,9 @@ def make_run(config: Config) -> Run:
         return torch.randint(V - 2, (n, length), generator=generator).masked_fill(torch.arange(length) >= lengths, V - 1), lengths
 
     (prompt, _), (x0, lengths) = draw(config.prompt_len), draw(config.answer_len)
+    pieces = [f"piece {i}" for i in range(config.n_pieces)]
     split = Split(prompt, x0.scatter(1, lengths - 1, V - 2), [True] * n)
-    return Run(config, pick_device(config.device), {}, [f"piece {i}" for i in range(config.n_pieces)], split, split)
+    return Run(config, pick_device(config.device), {}, pieces, build_tokenizer(pieces), split, split, 0)
 
 
 def forward_size(run: Run, model: MDM, n: int = 8) -> tuple[float, float]:
@@ -145,7 +146,7 @@ def answering(run: Run, batch: int, answer):
 
     def job():
         rows = (torch.arange(batch) + batch * next(counter)) % len(run.val.x0)
-        pad = 256 + len(run.pieces) + 1
+        pad = run.enc.n_vocab - 2
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.autocast):
             answer(trim(run.val.prompt[rows], pad).to(run.device), run.val.x0[rows].to(run.device))
 
@@ -238,7 +239,8 @@ def main(argv=None):
             expected, (model, _) = model.config, load_checkpoint(args.ckpt, device)
             if model.config != expected:
                 raise UserError(f"--ckpt {args.ckpt} has other sizes than this run: pass the flags that it was trained with")
-        save_checkpoint(run.path("denoiser.pt"), model, run.pieces)
+        save_checkpoint(run.path("denoiser.pt"), model, run.pieces, train_config={}, versions=versions(), data=0, stage="denoiser", step=0,
+                        counts={}, posterior=[], optimizers=[])
         states, (flops, tokens) = config.batch_size_order * (1 + config.K), forward_size(run, model)
         step, update = training("denoiser", run, config.batch_size)
         order, control = training("order", run, config.batch_size_order)[0], training("control", run, states)[0]
@@ -267,8 +269,8 @@ def main(argv=None):
         "causal_twin": {batch: int(batch) / seconds[f"twin {batch}"] for batch in batches},
         "answer_tokens": answer_lengths(run.val.x0, model.config.eos).float().mean().item(), "memory_mb": memory, "seconds_per_call": seconds,
         "meta": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
-                 "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "matmul": f"{side} x {side}", "torch": torch.__version__,
-                 "commit": commit(), "args": vars(args), "config": dataclasses.asdict(config), "seconds": time.perf_counter() - start},
+                 "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "matmul": f"{side} x {side}", **versions(),
+                 "args": vars(args), "config": dataclasses.asdict(config), "seconds": time.perf_counter() - start},
     }
     show(result)
     if args.json:

@@ -37,7 +37,8 @@ def uncached_logits(twin, prompt, answer):
     seen = torch.cat([prompt != twin.config.pad, torch.ones_like(answer, dtype=torch.bool)], 1)[:, None, None, :]
     x = trunk.embed(tokens) + trunk.place(place)
     for block in trunk.blocks:
-        x = block(x, trunk.cos[place], trunk.sin[place], seen & torch.ones(P + n, P + n, dtype=torch.bool).tril())
+        cos, sin = trunk.cos[place], trunk.sin[place]
+        x = block(x, cos, sin, block.keys_values(x, cos, sin), seen & torch.ones(P + n, P + n, dtype=torch.bool).tril())
     return twin.token_head(trunk.norm(x))
 
 
@@ -46,10 +47,10 @@ def test_the_cached_twin_gives_the_logits_of_the_uncached_causal_pass():
     twin, prompt = twin_and_prompt()
     answer, (B, P) = torch.randint(11, (len(prompt), 7)), prompt.shape
     want = uncached_logits(twin, prompt, answer)
-    caches = [torch.full((2, B, 2, P + 7, 8), torch.nan, dtype=torch.float64) for _ in range(3)]  # nothing is read before it is written
+    caches = [torch.full((B, 2, 2, P + 7, 8), torch.nan, dtype=torch.float64) for _ in range(3)]  # nothing is read before it is written
     seen = torch.cat([prompt != 10, torch.ones(B, 7, dtype=torch.bool)], 1)[:, None, None, :]
-    got = [twin.read(prompt, torch.arange(P), seen[..., :P] & torch.ones(P, P, dtype=torch.bool).tril(), caches)]
-    got += [twin.read(answer[:, i : i + 1], torch.tensor([6 + i]), seen[..., : P + i + 1], caches) for i in range(7)]
+    got = [twin.go_on(prompt, 0, seen[..., :P] & torch.ones(P, P, dtype=torch.bool).tril(), caches)]
+    got += [twin.go_on(answer[:, i : i + 1], 6 + i, seen[..., : P + i + 1], caches) for i in range(7)]
     got = twin.token_head(torch.cat(got, 1))
     written = seen.flatten(1)  # what padding would predict means nothing
     assert torch.allclose(got[written], want[written], atol=1e-12) and want[written].std() > 0.1
@@ -68,24 +69,25 @@ def test_each_row_of_the_twin_is_the_greedy_answer_to_its_prompt_alone():
 
 
 def test_counted_flops_are_those_of_the_formula(run):
+    run = bench.make_run(train.parse_config([*TINY, "--n_layer", "2", "--out_dir", run.config.out_dir]))
     model, heads = train.build_stage("denoiser", run)[0], []
     model.token_head.register_forward_hook(lambda _, inputs, output: heads.append(len(inputs[0])))  # masked positions of a batch
     flops, tokens = bench.forward_size(run, model, n=3)
     B, L, D, V = run.config.batch_size, run.config.answer_len, run.config.n_embd, model.config.vocab_size
     want = 0
     for i in range(3):
-        P = train.batch_at(run.train, i, B, run.config.seed, "denoiser", model.config.pad, run.device)[0].shape[1]
-        S = P + L
-        want += 2 * (B * S * 12 * D * D + B * S * S * D * 2 + heads[i] * D * V) / 3  # one block; qkv 3, proj 1, MLP 8; scores and values
+        P = train.batch_at(run, "denoiser", i, B)[0].shape[1]
+        block = lambda n, S: (2 + 2 + 8) * n * D * D + 2 * n * S * D  # kv; q and proj; MLP; scores and values, n positions that see S
+        want += 2 * (B * (block(P, P) + 2 * P * D * D + 2 * block(L, P + L)) + heads[i] * D * V) / 3  # the last block: the prompt's kv alone
     assert flops == pytest.approx(want, rel=1e-12) and len(set(heads)) > 1
-    assert tokens == pytest.approx(sum(train.batch_at(run.train, i, B, 0, "denoiser", model.config.pad, run.device)[0].shape[1] + L for i in range(3)) * B / 3)
+    assert tokens == pytest.approx(sum(train.batch_at(run, "denoiser", i, B)[0].shape[1] + L for i in range(3)) * B / 3)
 
 
 def test_a_measured_step_is_a_step_of_train(run, monkeypatch):
-    """Bit for bit, but for the learning rate's schedule and the ramp of the KL weight, which cost nothing."""
-    run = bench.make_run(train.parse_config([*TINY, "--out_dir", run.config.out_dir, "--kl_ramp", "0", "--max_steps_denoiser", "5", "--max_steps_order", "5"]))
+    """Bit for bit, but for the schedules of the learning rate, the KL weight and tau, which cost nothing."""
+    run = bench.make_run(train.parse_config([*TINY, "--out_dir", run.config.out_dir, "--kl_ramp", "0", "--tau_end", "0.1", "--max_steps_denoiser", "5", "--max_steps_order", "5"]))
     monkeypatch.setattr(train, "lr_factor", lambda *_: 1.0)
-    for stage, batch_size, name in (("denoiser", 4, "denoiser.pt"), ("order", 4, "ckpt.pt"), ("control", 8, "control.pt")):
+    for stage, batch_size, name in (("denoiser", 4, "denoiser.pt"), ("order", 4, "ckpt.pt"), ("control", 12, "control.pt")):
         made = []
         build = train.build_stage
         monkeypatch.setattr(bench, "build_stage", lambda *args: made.append(build(*args)) or made[-1])
