@@ -239,7 +239,7 @@ def main(argv=None):
             expected, (model, _) = model.config, load_checkpoint(args.ckpt, device)
             if model.config != expected:
                 raise UserError(f"--ckpt {args.ckpt} has other sizes than this run: pass the flags that it was trained with")
-        save_checkpoint(run.path("denoiser.pt"), model, run.pieces, train_config={}, versions=versions(), data=0, stage="denoiser", step=0,
+        save_checkpoint(run.path("denoiser.pt"), model, run.pieces, train_config=dataclasses.asdict(config), versions=versions(), data=0, stage="denoiser", step=0,
                         counts={}, posterior=[], optimizers=[])
         states, (flops, tokens) = config.batch_size_order * (1 + config.K), forward_size(run, model)
         step, update = training("denoiser", run, config.batch_size)
