@@ -89,7 +89,7 @@ class CausalTwin(MDM):
 def make_run(config: Config) -> Run:
     """The data that training would use; random tokens where it is not on disk: prompts and answers that fill half to all
     of their canvas."""
-    if config.dataset == "toy" or config.data_dir:
+    if config.dataset.startswith("toy") or config.data_dir:
         return prepare(config)
     V, n, generator = 256 + config.n_pieces + 2, 2048, torch.Generator().manual_seed(config.seed)
 

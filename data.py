@@ -18,6 +18,13 @@ The toy is built so that the order of generation matters (its numbers are in the
   rule that looks at one position at a time cannot tell them from two that are uncertain but unrelated;
 - answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
 
+In toy2 each person's story is told forwards or backwards, a coin flip, and the equations follow the story:
+
+    question  Max sells 2, splits 3, buys 1, has 8 eggs. Ann has 4, times 2, sells 5, buys 1. Together?
+    target    <<3-2=1>> <<9/3=3>> <<1+8=9>> <<2*4=8>> <<8-5=3>> <<3+1=4>> <<4+1=5>> #### 5
+
+so no fixed direction is right: what has to be written first depends on the question.
+
 A sequence is `[question PAD .. PAD | answer EOS PAD .. PAD]`: the prompt is padded to `prompt_len`,
 the canvas to `answer_len` (L). EOS and PAD of the canvas are ordinary tokens that the model has to
 generate; PAD of the prompt is never attended to.
@@ -82,6 +89,7 @@ def replacing(path: str | Path, mode: str = "w"):
 NAMES = ["Max", "Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Zoe"]
 THINGS = ["eggs", "pens", "cups", "figs", "nuts", "toys", "caps", "keys"]
 VERBS = {"+": "buys", "-": "sells", "*": "times", "/": "splits"}
+DATASETS = ("toy", "toy2", "gsm8k", "gsm8k-aug")
 TOY_LINKS = (2, 4)  # fewest and most operations of one person
 TOY_SIZES = {"train": 50_000, "val": 1000, "test": 2000}
 
@@ -92,10 +100,11 @@ def equation(rng: random.Random, a: int, op: str, b: int, result: int) -> str:
     return f"<<{a}{op}{b}={result}>>"
 
 
-def toy_person(rng: random.Random) -> tuple[str, list[str], int]:
-    """One person's operations on a running total that stays within 1..9: story, equations, total."""
+def toy_person(rng: random.Random, either_way: bool) -> tuple[list[str], list[str], int]:
+    """One person's operations on a running total that stays within 1..9: story, equations, total. `either_way`:
+    the story is told backwards with probability 1/2, and the equations stand in the order of the story."""
     total = rng.randint(1, 9)
-    story, equations = f"{total}", []
+    story, equations = [f"has {total}"], []
     for _ in range(rng.randint(*TOY_LINKS)):
         operands = {  # that keep the total whole and within 1..9; large ones would give the result away
             "+": range(1, min(5, 9 - total) + 1),
@@ -106,28 +115,30 @@ def toy_person(rng: random.Random) -> tuple[str, list[str], int]:
         op = rng.choice([op for op, choices in operands.items() if choices])
         b = rng.choice(operands[op])
         result = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
-        story += f", {VERBS[op]} {b}"
+        story.append(f"{VERBS[op]} {b}")
         equations.append(equation(rng, total, op, b, result))
         total = result
+    if either_way and rng.random() < 0.5:
+        story, equations = story[::-1], equations[::-1]
     return story, equations, total
 
 
-def toy_example(rng: random.Random) -> dict:
+def toy_example(rng: random.Random, either_way: bool = False) -> dict:
     """Two people's running totals, then their sum."""
-    (name, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
-    (story, equations, total), (story2, equations2, total2) = toy_person(rng), toy_person(rng)
-    first, _, rest = story.partition(",")
-    question = f"{name} has {first} {thing},{rest}. {other} has {story2}. Together?"
+    names, thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+    (story, equations, total), (story2, equations2, total2) = toy_person(rng, either_way), toy_person(rng, either_way)
+    story = [f"{part} {thing}" if part.startswith("has") else part for part in story]
+    question = f"{names[0]} {', '.join(story)}. {names[1]} {', '.join(story2)}. Together?"
     equations += equations2 + [equation(rng, total, "+", total2, total + total2)]
     return {"question": question, "answer": "\n".join(equations) + f"\n#### {total + total2}"}
 
 
-def toy_split(split: str, n: int, seed: int = 0) -> list[dict]:
+def toy_split(split: str, n: int, seed: int = 0, either_way: bool = False) -> list[dict]:
     """n examples of "train", "val" or "test". A question belongs to one split for ever: its
     checksum decides, so no seed and no n lets a test question into train."""
     rng, items = random.Random(f"toy-{split}-{seed}"), []
     while len(items) < n:
-        item = toy_example(rng)
+        item = toy_example(rng, either_way)
         bucket = zlib.crc32(item["question"].encode()) % 8
         if {0: "val", 1: "test"}.get(bucket, "train") == split:
             items.append(item)
@@ -219,10 +230,10 @@ def load_gsm8k(dataset: str, data_dir: str | None) -> dict[str, list[dict]]:
 def load_splits(dataset: str, data_dir: str | None = None, seed: int = 0, toy_sizes: dict = TOY_SIZES) -> dict[str, list[dict]]:
     """Lists of items by split: "train", "val", "test". `toy_sizes` says which of the toy's splits to
     make; only its train split depends on `seed`."""
-    if dataset == "toy":
-        return {split: toy_split(split, n, seed if split == "train" else 0) for split, n in toy_sizes.items()}
-    if dataset not in ("gsm8k", "gsm8k-aug"):
+    if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}")
+    if dataset.startswith("toy"):
+        return {split: toy_split(split, n, seed if split == "train" else 0, either_way=dataset == "toy2") for split, n in toy_sizes.items()}
     splits = load_gsm8k(dataset, data_dir)
     train, val = splits["train"], splits.get("valid")
     if val is None:  # held out of train, always the same items: `seed` must not move them

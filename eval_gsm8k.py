@@ -3,7 +3,8 @@
     python eval_gsm8k.py --steps 4 --limit 1000     every order at one budget, minutes
     python eval_gsm8k.py                            the whole curve
     python eval_gsm8k.py --plot                     draw what was written, without running anything;
-                                                    --json a.json,b.json draws the rows of both
+                                                    --json a.json,b.json draws the rows of both: more
+                                                    orders of one run, or several runs and their mean
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the most probable token.
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
@@ -99,6 +100,11 @@ def count_equations(text: str) -> tuple[int, int]:
         a, b, decimals = value_of(left), value_of(right), len(right.partition(".")[2])
         true += a is not None and b is not None and abs(a - b) <= (Fraction(1, 2 * 10**decimals) if decimals else 0)
     return true, len(equations)
+
+
+def score_of(dataset: str) -> str:
+    """What counts by default. A toy's number can be found without a coherent solution, so there the whole solution counts."""
+    return "coherent" if dataset.startswith("toy") else "accuracy"
 
 
 def judge(text: str, answer: str) -> dict:
@@ -249,18 +255,28 @@ def better_denoiser(rows: list[dict]) -> list[dict]:
 
 # --- figures -------------------------------------------------------------------------------------------
 
-def frontier(rows: list[dict]) -> list[dict]:
-    """The rows by mean steps, without those that another reaches or beats in no more steps."""
-    kept = []
-    for row in sorted(rows, key=lambda row: (row["steps_mean"], -row["score"])):
-        if not kept or row["score"] > kept[-1]["score"]:
-            kept.append(row)
-    return kept
+def by_budget(rows: list[dict]) -> list[list[dict]]:
+    """For each budget, rising, the row of highest score of each training run."""
+    best = {}
+    for row in rows:
+        key = (row["budget"], row["train_seed"])
+        if key not in best or row["score"] > best[key]["score"]:
+            best[key] = row
+    return [[row for (b, _), row in sorted(best.items()) if b == budget] for budget in sorted({b for b, _ in best})]
+
+
+def mean_of(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def spread_of(rows: list[dict]) -> tuple[float, float]:
+    """Least and largest score of several training runs; the Wilson interval of one."""
+    return rows[0]["ci95"] if len(rows) == 1 else (min(row["score"] for row in rows), max(row["score"] for row in rows))
 
 
 def plot_curve(result: dict, path: Path):
-    """Score against mean steps. A rule's line is the best that its variants and knobs reach on either
-    denoiser with no more than so many steps."""
+    """Score against mean steps, mean over training runs. A rule's point is the best that its variants, knobs and
+    denoisers reach at a budget, on the items that are shown: a choice that favours it."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -270,20 +286,29 @@ def plot_curve(result: dict, path: Path):
     axes.set_title(result["meta"]["title"])
     names = sorted({parse_order(row["order"]).name for row in rows}, key=lambda name: (name != "learned", name))
     for i, name in enumerate(names):
-        points = frontier([row for row in rows if parse_order(row["order"]).name == name])
-        x, y = [row["steps_mean"] for row in points], [100 * row["score"] for row in points]
-        error = 100 * np.abs(np.array([row["ci95"] for row in points]).T - [row["score"] for row in points])       # (2, points)
+        points = by_budget([row for row in rows if parse_order(row["order"]).name == name])
+        x, y = [mean_of(runs, "steps_mean") for runs in points], [100 * mean_of(runs, "score") for runs in points]
+        error = np.abs(100 * np.array([spread_of(runs) for runs in points]).T - y)                                 # (2, points)
         style = dict(color="black", linewidth=2.5, zorder=3) if name == "learned" else \
             dict(color=colormaps["tab20"]((i - 1) % 20), linewidth=1.2, linestyle=":" if name == "oracle" else "-")
         label = name + " (sees the answer)" * (name == "oracle")
         axes.errorbar(x, y, error, label=label, marker="o", markersize=4, capsize=2, **style)
-    longest = max(row["budget"] for row in rows)
-    ceiling = max((row["score"] for row in rows if is_rule(row) and row["budget"] == longest), default=0)
-    axes.axhline(100 * ceiling, color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest} steps")
+    *_, longest = by_budget([row for row in rows if is_rule(row)] or rows)
+    axes.axhline(100 * mean_of(longest, "score"), color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest[0]['budget']} steps")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
+
+
+def print_means(rows: list[dict]):
+    """A table over training runs: each order on the denoiser that is better for it."""
+    print(f"{'order':<28}{'budget':>6}{'steps':>7}{'score':>7}{'over runs':>15}{'accuracy':>10}{'coherent':>10}{'runs':>6}")
+    table = [runs for asked in dict.fromkeys(row["asked"] for row in rows) for runs in by_budget([row for row in rows if row["asked"] == asked])]
+    for runs in sorted(table, key=lambda runs: (runs[0]["budget"], -mean_of(runs, "score"))):
+        low, high = spread_of(runs)
+        print(f"{runs[0]['asked']:<28}{runs[0]['budget']:>6}{mean_of(runs, 'steps_mean'):>7.2f}{100 * mean_of(runs, 'score'):>7.1f}{100 * low:>8.1f} -{100 * high:>5.1f}"
+              f"{100 * mean_of(runs, 'accuracy'):>10.1f}{100 * mean_of(runs, 'coherent'):>10.1f}{len(runs):>6}")
 
 
 def plot_order(result: dict, path: Path):
@@ -330,8 +355,8 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="comma-separated budgets; L is the length of the canvas")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
     parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
-    parser.add_argument("--metric", default="accuracy", choices=["accuracy", "coherent"],
-                        help="the score: what knobs are chosen for and figures show")
+    parser.add_argument("--metric", choices=["accuracy", "coherent"],
+                        help="the score: what knobs are chosen for and figures show (coherent for the toy, accuracy for GSM8K)")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="what is reported; knobs are chosen on val")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of the orders that draw")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -353,13 +378,14 @@ def parse_args(argv) -> argparse.Namespace:
     return args
 
 
-def draw_figures(paths: list[Path]):
-    """curve.png and order.png beside the first of the JSON files whose rows they show."""
+def draw_figures(paths: list[Path]) -> list[dict]:
+    """curve.png and order.png beside the first of the JSON files whose rows they show; the rows."""
     rows, kinds = [], set()
     for path in paths:
         try:
             result = json.loads(path.read_text())
-            rows, meta = rows + result["rows"], result["meta"]
+            meta = result["meta"]
+            rows += [{**row, "train_seed": meta["train_config"]["seed"]} for row in result["rows"]]
             kinds.add((meta["train_config"]["dataset"], meta["args"]["split"], meta["args"]["metric"]))
         except FileNotFoundError:
             raise UserError(f"{path} not found: run `python eval_gsm8k.py` first, or pass --json") from None
@@ -369,13 +395,16 @@ def draw_figures(paths: list[Path]):
         raise UserError("one figure shows one data set, split and metric, and at least one row")
     dataset, split, _ = kinds.pop()
     try:
-        meta["title"] = f"{dataset}, {split} split, {' and '.join(map(str, sorted({row['n'] for row in rows})))} items"
+        runs = len({row["train_seed"] for row in rows})
+        meta["title"] = f"{dataset}, {split} split, {' and '.join(map(str, sorted({row['n'] for row in rows})))} items" + \
+            f", mean, least and most of {runs} training runs" * (runs > 1)
         plot_curve({"rows": rows, "meta": meta}, paths[0].parent / "curve.png")
         plot_order({"rows": rows, "meta": meta}, paths[0].parent / "order.png")
     except OSError as e:
         raise UserError(f"cannot write figures to {paths[0].parent}: {e}") from e
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"rows in {', '.join(map(str, paths))} are not results of this script ({type(e).__name__}: {e})") from e
+    return rows
 
 
 def commit() -> str:
@@ -423,13 +452,14 @@ def main(argv=None):
     args = parse_args(argv)
     if args.plot:
         paths = [Path(path) for path in args.json.split(",")]
-        draw_figures(paths)
+        print_means(draw_figures(paths))
         print(f"drew curve.png and order.png in {paths[0].parent}")
         return
     device, start, code = pick_device(args.device), time.perf_counter(), versions()
     paths = [path for path in (args.ckpt, args.control) if path]
     models, states = zip(*[load_checkpoint(path, device) for path in paths])
     config, enc = states[0]["train_config"], build_tokenizer(states[0]["pieces"])
+    args.metric = args.metric or score_of(config["dataset"])
     if any(states[-1][part] != states[0][part] for part in ("pieces", "model_config")):
         raise UserError(f"{args.control} and {args.ckpt} are not from the same run: their tokenizers or sizes differ")
     sizes = {"val": TOY_SIZES["val"] + args.tune_items, "test": TOY_SIZES["test"]}

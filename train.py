@@ -49,8 +49,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data import TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits, replacing
-from eval_gsm8k import HEADER, Bench, evaluate, format_row, versions
+from data import DATASETS, TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits, replacing
+from eval_gsm8k import HEADER, Bench, evaluate, format_row, score_of, versions
 from model import MDM, ModelConfig, check_tensors, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
 from orders import parse_order
 from posterior import OrderPosterior, order_objective
@@ -65,8 +65,8 @@ def arg(default, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = arg("toy", "constants to start from: toy, gsm8k, gsm8k_aug")
-    dataset: str = arg("toy", "toy, gsm8k or gsm8k-aug")
+    preset: str = arg("toy", "constants to start from: toy, toy2, gsm8k, gsm8k_aug")
+    dataset: str = arg("toy", "toy, toy2, gsm8k or gsm8k-aug")
     data_dir: str = arg("", "folder with train.jsonl and test.jsonl; empty: the hub")
     target: str = arg("equations", "what to generate: equations or full")
     out_dir: str = arg("out", "where checkpoints and the log go")
@@ -114,7 +114,7 @@ class Config:
         for f in dataclasses.fields(self):  # a resume point may say anything
             if not isinstance(getattr(self, f.name), (float, int) if f.type is float else f.type):
                 raise UserError(f"--{f.name} {getattr(self, f.name)!r} is not of type {f.type.__name__}")
-        choices = {"preset": PRESETS, "dataset": ("toy", "gsm8k", "gsm8k-aug"), "target": ("equations", "full"),
+        choices = {"preset": PRESETS, "dataset": DATASETS, "target": ("equations", "full"),
                    "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda", "mps")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -135,14 +135,15 @@ class Config:
             raise UserError(f"--kl_ramp and --cooldown are shares of a stage, at most 1, got {self.kl_ramp} and {self.cooldown}")
         if not 0 <= self.augment <= 1:
             raise UserError(f"--augment must be from 0 to 1, got {self.augment}")
-        if self.augment and (self.dataset == "toy" or self.target == "full"):
-            raise UserError(f"--augment {self.augment} makes equations of GSM8K: pass --augment 0 with --dataset toy and with --target full")
+        if self.augment and (self.dataset.startswith("toy") or self.target == "full"):
+            raise UserError(f"--augment {self.augment} makes equations of GSM8K: pass --augment 0 with a toy and with --target full")
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"--n_embd {self.n_embd} must be a multiple of 2 * --n_head ({2 * self.n_head})")
 
 
 PRESETS = {
     "toy": {},
+    "toy2": dict(dataset="toy2"),  # stories told forwards or backwards: no fixed direction is right
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
                   max_steps_denoiser=1000, max_steps_order=250, batch_size_order=4, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
                   lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, save_every=100, eval_items=128, table_items=32),
@@ -442,14 +443,14 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 
 
 def summary(run: Run):
-    """Accuracy on validation items: the learned order on its checkpoint, the rules on the control."""
+    """Scores on validation items: the learned order on its checkpoint, the rules on the control."""
     items = run.items["val"][: run.config.table_items]
     print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
     benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], run.enc, items, run.config.target) for name in ("ckpt.pt", "control.pt")}
     for name in ("learned", "learned:0.5", "left_to_right", "confidence", "iid", "entropy_bound:0.1"):
         checkpoint = "ckpt.pt" if name.startswith("learned") else "control.pt"
         for budget in (1, 2, 3, 4, 8, run.config.answer_len):
-            print(format_row({"checkpoint": checkpoint, **evaluate(benches[checkpoint], parse_order(name), budget)}), flush=True)
+            print(format_row({"checkpoint": checkpoint, **evaluate(benches[checkpoint], parse_order(name), budget, metric=score_of(run.config.dataset))}), flush=True)
 
 
 def before(line: str, resume: dict) -> bool:

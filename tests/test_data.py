@@ -15,20 +15,26 @@ from data import (TOY_SIZES, UserError, augment, build_tokenizer, decode, encode
                   load_splits, to_target, toy_example, toy_split, value_of)
 
 
-def test_toy_answers_are_true_and_follow_from_the_question():
-    """Every equation holds and uses a running total and the question's operand; the last adds the totals up."""
-    operators, lengths, swapped = {"buys": "+", "sells": "-", "times": "*", "splits": "/"}, set(), 0
-    for item in toy_split("train", 500):
+@pytest.mark.parametrize("either_way", [False, True])
+def test_toy_answers_are_true_and_follow_from_the_question(either_way):
+    """Every equation holds and uses a running total and the question's operand; the last adds the totals up. In toy2,
+    half of the stories are told backwards, and their equations with them."""
+    operators, lengths, swapped, backwards = {"buys": "+", "sells": "-", "times": "*", "splits": "/"}, set(), 0, 0
+    for item in toy_split("train", 500, either_way=either_way):
         equations = re.findall(r"<<(\d)([-+*/])(\d)=(\d+)>>", item["answer"])
         expected, totals = [], []
         for sentence in item["question"].split(".")[:2]:
-            total = int(re.search(r"has (\d)", sentence)[1])
-            for verb, b in re.findall(r"(buys|sells|times|splits) (\d)", sentence):
-                expected.append((total, operators[verb], int(b)))
-                total = {"+": total + int(b), "-": total - int(b), "*": total * int(b), "/": total / int(b)}[operators[verb]]
-                expected[-1] += (total,)
+            start, total = re.search(r"has (\d)", sentence), int(re.search(r"has (\d)", sentence)[1])
+            told, person = re.findall(r"(buys|sells|times|splits) (\d)", sentence), []
+            turned = start.start() > 10
+            for verb, b in told[::-1] if turned else told:
+                result = {"+": total + int(b), "-": total - int(b), "*": total * int(b), "/": total / int(b)}[operators[verb]]
+                person.append((total, operators[verb], int(b), result))
+                total = result
                 assert 1 <= total <= 9
+            expected += person[::-1] if turned else person
             totals.append(total)
+            backwards += turned
         expected.append((totals[0], "+", totals[1], sum(totals)))
         assert len(equations) == len(expected)
         for (left, op, right, result), (a, expected_op, b, expected_result) in zip(equations, expected):
@@ -37,7 +43,7 @@ def test_toy_answers_are_true_and_follow_from_the_question():
             swapped += (int(left), int(right)) != (a, b)
         assert final_number(item["answer"]) == sum(totals)
         lengths.add(len(equations))
-    assert lengths == set(range(5, 10)) and swapped > 400
+    assert lengths == set(range(5, 10)) and swapped > 400 and (400 < backwards < 600 if either_way else backwards == 0)
 
 
 def test_toy_is_seeded_and_splits_share_no_question():

@@ -186,9 +186,12 @@ def test_token_kinds():
     assert eval_gsm8k.token_kinds(tokens, enc) == ["structure", *equation, "structure", "operand", *equation, "structure", "final", "final", "EOS", "PAD"]
 
 
-def test_the_frontier_keeps_what_no_cheaper_row_reaches():
-    rows = [{"steps_mean": s, "score": a} for s, a in [(4, 0.5), (2, 0.4), (3, 0.4), (2, 0.3), (8, 0.6), (9, 0.6)]]
-    assert [(row["steps_mean"], row["score"]) for row in eval_gsm8k.frontier(rows)] == [(2, 0.4), (4, 0.5), (8, 0.6)]
+def test_runs_are_averaged_after_the_best_of_each_is_taken():
+    row = lambda budget, seed, score: {"budget": budget, "train_seed": seed, "score": score, "ci95": (0, 1)}
+    rows = [row(4, 0, 0.5), row(4, 0, 0.7), row(4, 1, 0.9), row(2, 0, 0.1)]
+    two, four = eval_gsm8k.by_budget(rows)
+    assert two == [rows[3]] and four == [rows[1], rows[2]]
+    assert eval_gsm8k.mean_of(four, "score") == 0.8 and eval_gsm8k.spread_of(four) == (0.7, 0.9) and eval_gsm8k.spread_of(two) == (0, 1)
 
 
 def test_wilson_interval():
