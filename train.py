@@ -97,7 +97,7 @@ class Config:
     tau_end: float = arg(0.03, "and at its end")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
     lr_scale_order: float = arg(1.0, "denoiser's learning rates after stage 1, over stage 1's")
-    lr_scale_posterior: float = arg(0.3, "posterior's learning rates, over stage 1's")
+    lr_scale_posterior: float = arg(0.15, "posterior's learning rates, over stage 1's")
     n_layer_posterior: int = arg(2, "blocks of the posterior network")
     freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
     # both
