@@ -3,6 +3,7 @@
     python train.py                                        the toy task, minutes on 2 CPU cores
     python train.py --preset gsm8k --data_dir DIR          GSM8K's train.jsonl and test.jsonl
     python train.py --resume                               go on where a stopped run was saved
+    torchrun --nproc_per_node 2 train.py --chunks 2        the same batches by two processes
 
 Three stages, one loop:
     denoiser  stage 1: the masked-diffusion bound, positions revealed in a uniformly random order
@@ -11,8 +12,9 @@ Three stages, one loop:
               network states as the order stage saw
 Written to --out_dir: denoiser.pt, ckpt.pt (after the order stage), control.pt, resume.pt, log.jsonl.
 
-Every random draw is seeded by (seed, stage, step), never by what was drawn before, and so is the place
-in the data. So a resume point (networks, optimizers, stage, step, the counts below) needs no generator
+A batch is computed in --chunks parts, one after the other (gradient accumulation) or by as many processes
+of torchrun: the result is that of --chunks, whoever computes them. Every random draw is seeded by (seed, stage,
+step, part), never by what was drawn before, and so is the place in the data. So a resume point (networks, optimizers, stage, step, the counts below) needs no generator
 state, resuming is bit for bit on a CPU with as many threads, and evaluating, logging or saving more often
 changes nothing. Files are replaced, not overwritten: whenever a run is killed, --resume finds whole ones.
 
@@ -42,11 +44,14 @@ import signal
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DATASETS, TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits, replacing
@@ -73,6 +78,7 @@ class Config:
     device: str = arg("auto", "auto, cpu, cuda or mps")
     dtype: str = arg("auto", "float32 or bfloat16 (autocast); auto: bfloat16 on CUDA")
     seed: int = arg(0, "of weights, data order and every draw")
+    chunks: int = arg(1, "parts of a batch: computed in turn, or by as many processes of torchrun")
     resume: bool = arg(False, "continue from out_dir/resume.pt")
     # model
     prompt_len: int = arg(36, "longest prompt, tokens")
@@ -120,9 +126,9 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
         minimum = dict.fromkeys(("prompt_len", "answer_len", "n_layer", "n_head", "n_embd", "train_items", "batch_size", "T",
-                                 "batch_size_order", "n_layer_posterior", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
+                                 "batch_size_order", "n_layer_posterior", "chunks", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
         most = {"n_layer": 1000, "n_layer_posterior": 1000, "K": 1000, "T": 10_000, "n_embd": 10**5, "prompt_len": 10**5, "answer_len": 10**5,
-                "train_items": 10**7, "n_pieces": 10**6}
+                "train_items": 10**7, "n_pieces": 10**6, "chunks": min(self.batch_size, self.batch_size_order)}
         for name, least in {**minimum, "K": 2, "max_steps_denoiser": 0, "max_steps_order": 0, "n_pieces": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -219,6 +225,8 @@ class Run:
     train: Split
     val: Split
     data: int        # checksum of train: a resumed run must see the same rows
+    rank: int = 0    # which of the processes that torchrun started is this,
+    world: int = 1   # and how many are they
     stop: bool = False                                         # set by Ctrl-C: finish the step, save, leave
     saved: str = "none yet"                                    # the last resume point, for messages
     saved_at: float = field(default_factory=time.monotonic)    # seconds
@@ -232,6 +240,8 @@ class Run:
 
     def log(self, record: dict):
         """One JSON line to log.jsonl, one line of columns to the screen."""
+        if self.rank > 0:
+            return
         try:
             with open(self.path("log.jsonl"), "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -243,6 +253,8 @@ class Run:
 
 def prepare(config: Config) -> Run:
     device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of this machine's, the one of this process
     items = load_splits(config.dataset, config.data_dir or None, config.seed, {"train": config.train_items, "val": TOY_SIZES["val"]})
     pieces = frequent_pieces(items["train"], config.target, config.n_pieces)
     enc = build_tokenizer(pieces)
@@ -253,7 +265,8 @@ def prepare(config: Config) -> Run:
             raise UserError(f"no item of {name} fits: raise --prompt_len and --answer_len")
     items["train"] = [item for item, fits in zip(items["train"], splits["train"].fits) if fits]
     data = zlib.crc32(splits["train"].x0.numpy(), zlib.crc32(splits["train"].prompt.numpy()))
-    return Run(config, device, items, pieces, enc, splits["train"], splits["val"], data)
+    return Run(config, device, items, pieces, enc, splits["train"], splits["val"], data,
+               int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def batch_at(run: Run, stage: str, step: int, size: int):
@@ -298,19 +311,41 @@ def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior 
     return objective, logs
 
 
+class Objective(torch.nn.Module):
+    """stage_objective as a module, so that DistributedDataParallel averages its gradients over the processes."""
+
+    def __init__(self, stage: str, run: Run, model: MDM, posterior: OrderPosterior | None):
+        super().__init__()
+        self.stage, self.run, self.model, self.posterior = stage, run, model, posterior
+
+    def forward(self, *batch):
+        return stage_objective(self.stage, self.run, self.model, self.posterior, *batch)
+
+
+def mean_over_parts(parts: list[dict], run: Run) -> dict:
+    """Means of the scalars in the logs of a batch's parts, over all processes; of what is no scalar, the last."""
+    names = [name for name, value in parts[0].items() if value.ndim == 0]
+    means = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts]).mean(0)
+    if run.world > 1:
+        dist.all_reduce(means)
+    return {**parts[-1], **dict(zip(names, means / run.world))}
+
+
 @torch.no_grad()
-def validate(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None) -> dict:
-    """The stage's bound on the same validation items with the same draws each time."""
-    n, bound = min(run.config.eval_items, len(run.val.x0)), 0.0
-    for i in range(0, n, 64):
+def validate(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None, progress: float) -> dict:
+    """The stage's bound on the same validation items with the same draws each time, at the present tau."""
+    n, bound = min(run.config.eval_items, len(run.val.x0)), torch.zeros((), device=run.device)
+    for i in range(64 * run.rank, n, 64 * run.world):
         generator = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "validate", i))
         prompt, x0 = run.val.prompt[i : min(i + 64, n)].to(run.device), run.val.x0[i : min(i + 64, n)].to(run.device)
-        _, logs = stage_objective(stage, run, model, posterior, trim(prompt, model.config.pad), x0, 1.0, generator)
-        bound += logs["elbo"].item() * len(x0) / n
+        _, logs = stage_objective(stage, run, model, posterior, trim(prompt, model.config.pad), x0, progress, generator)
+        bound += logs["elbo"] * len(x0) / n
+    if run.world > 1:
+        dist.all_reduce(bound)
     if stage != "order":
-        return {"val": bound}
+        return {"val": bound.item()}
     steps = generate(model, run.val.prompt[: min(64, n)].to(run.device), run.config.T).steps
-    return {"val": bound, "p_steps": steps.float().mean().item()}
+    return {"val": bound.item(), "p_steps": steps.float().mean().item()}
 
 
 def build_stage(stage: str, run: Run) -> tuple[MDM, OrderPosterior | None, list[torch.optim.Optimizer]]:
@@ -397,10 +432,15 @@ def train_stage(stage: str, run: Run, resume: dict | None):
     model, posterior, optimizers = build_stage(stage, run)
     modules = [model, posterior] if posterior else [model]
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    objective_of = Objective(stage, run, model, posterior)
+    if run.world > 1:
+        objective_of = DistributedDataParallel(objective_of, find_unused_parameters=True)  # stage 1 has no use for the gates
     base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     counts = restore(resume, run, steps, modules, optimizers) if resume else dict(COUNTS)
 
     def save(name: str, step: int, with_optimizers: bool = False):
+        if run.rank > 0:
+            return
         if not all(p.isfinite().all() for p in params):
             raise UserError(f"stage {stage}, step {step}: NaN or inf in the weights, not saved; last resume point: {run.saved}")
         save_checkpoint(run.path(name), model, run.pieces, train_config=asdict(config), versions=versions(), data=run.data,
@@ -410,18 +450,25 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             run.saved, run.saved_at = f"{run.path(name)} (stage {stage}, step {step})", time.monotonic()
 
     start, tokens, since = resume["step"] if resume else 0, 0, time.perf_counter()
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=None):
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=run.rank > 0 or None):
         factor = lr_factor(step, steps, 0.0 if stage == "denoiser" else config.cooldown)  # stage 1 is gone on from
         for optimizer, lr in zip(optimizers, base_lrs):
             optimizer.param_groups[0]["lr"] = lr * factor
         prompt, x0 = batch_at(run, stage, step, batch_size)
-        generator = torch.Generator(device).manual_seed(seed_of(config.seed, stage, step))
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
-            objective, logs = stage_objective(stage, run, model, posterior, prompt, x0, step / steps, generator)
-        loss = -objective / config.answer_len  # per token: the size of a cross-entropy
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        mine, parts = range(run.rank, config.chunks, run.world), []
+        for i in mine:
+            generator = torch.Generator(device).manual_seed(seed_of(config.seed, stage, step * config.chunks + i))
+            with objective_of.no_sync() if run.world > 1 and i < mine[-1] else nullcontext():
+                part = prompt.tensor_split(config.chunks)[i], x0.tensor_split(config.chunks)[i]
+                with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
+                    objective, logs = objective_of(*part, step / steps, generator)
+                loss = -objective / config.answer_len  # per token: the size of a cross-entropy
+                (loss / len(mine)).backward()
+            parts.append({**logs, "objective": objective.detach(), "stop": torch.tensor(float(run.stop), device=device)})
+        logs = mean_over_parts(parts, run)
+        objective, stop = logs.pop("objective"), logs.pop("stop")
         grad = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if fit_to_apply(stage, run, step, batch_size, counts, objective, grad, logs):
             for optimizer in optimizers:
@@ -430,16 +477,18 @@ def train_stage(stage: str, run: Run, resume: dict | None):
         done, tokens = step + 1, tokens + len(x0) * (prompt.shape[1] + x0.shape[1] * (1 + config.K if posterior else 1))
         if done % config.log_every == 0 or done == steps:
             speed = {"grad": grad.item(), **report(counts), "lr_factor": factor, "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
-            evaluated = validate(stage, run, model, posterior) if done % config.eval_every == 0 or done == steps else {}
-            run.log({"stage": stage, "step": done, **readable(logs, x0, model.config.eos), **speed, **evaluated})
+            evaluated = validate(stage, run, model, posterior, done / steps) if done % config.eval_every == 0 or done == steps else {}
+            run.log({"stage": stage, "step": done, **readable(logs, part[1], model.config.eos), **speed, **evaluated})
             tokens, since = 0, time.perf_counter()
         due = done % config.save_every == 0 or time.monotonic() - run.saved_at > 60 * config.save_minutes
-        if due or done == steps or run.stop:
+        if due or done == steps or stop:
             save("resume.pt", done, with_optimizers=True)
-        if run.stop:
+        if stop:
             print(f"stopped after step {done} of stage {stage}; go on with: python train.py --resume --out_dir {config.out_dir}")
             sys.exit(130)
     save({"denoiser": "denoiser.pt", "order": "ckpt.pt", "control": "control.pt"}[stage], steps)
+    if run.world > 1:
+        dist.barrier()  # the next stage starts from that file
 
 
 def summary(run: Run):
@@ -480,11 +529,16 @@ def start_log(run: Run, resume: dict | None):
 def main(argv=None):
     config, start = parse_config(argv), time.perf_counter()
     run, resume = prepare(config), None
+    if run.world > 1:
+        if config.chunks % run.world:
+            raise UserError(f"--chunks {config.chunks} must be a multiple of torchrun's {run.world} processes")
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     if config.resume:
         resume = load_checkpoint(run.path("resume.pt"))[1]  # on the CPU: optimizers count their steps there
         if resume["stage"] not in STAGES or (resume["pieces"], resume["data"]) != (run.pieces, run.data):
             raise UserError(f"{run.path('resume.pt')} was trained on other data: bring back what --data_dir held, or start anew without --resume")
-    start_log(run, resume)
+    if run.rank == 0:
+        start_log(run, resume)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True))
     try:
         for stage in STAGES:
@@ -492,6 +546,10 @@ def main(argv=None):
                 train_stage(stage, run, resume if resume and resume["stage"] == stage else None)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if run.world > 1:
+            dist.destroy_process_group()
+    if run.rank > 0:
+        return
     summary(run)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes on {run.device}; next: python sample.py --steps {config.T} --ckpt {run.path('ckpt.pt')}")
 

@@ -20,6 +20,7 @@ import eval_gsm8k
 import sample
 import train
 from data import UserError, build_tokenizer, decode, frequent_pieces, load_splits, to_target, toy_split
+from model import load_checkpoint
 from orders import parse_order
 
 ROOT = Path(__file__).parent.parent
@@ -259,3 +260,28 @@ def test_the_readme_quotes_the_notation_and_lists_the_departures():
     marks = [line for script in ROOT.glob("*.py") for line in script.read_text().splitlines() if "# DEVIATION:" in line or "# [NEW]" in line]
     listed = readme.split("## Departures")[1].split("\n## ")[0].count("\n- ")
     assert len(marks) == listed
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun with 2 gloo processes against one process that computes both parts of each batch in turn: the same
+    losses, bounds and weights within float error, in all three stages."""
+    flags = [*TINY, "--chunks", "2", "--eval_items", "80"]
+    train.main([*flags, "--out_dir", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000),
+               str(ROOT / "train.py"), *flags, "--out_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        assert (a["stage"], a["step"]) == (b["stage"], b["step"])
+        assert all(b[name] == pytest.approx(a[name], rel=1e-3) for name in ("elbo", "kl", "grad", "val") if name in a)
+    for name in ("denoiser.pt", "ckpt.pt", "control.pt"):
+        a, b = (load_checkpoint(tmp_path / folder / name)[0].state_dict() for folder in ("one", "two"))
+        assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+
+
+def test_processes_must_divide_the_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="must be a multiple of torchrun's 3"):
+        train.main([*TINY, "--chunks", "2", "--out_dir", str(tmp_path)])
