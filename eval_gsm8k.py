@@ -10,8 +10,9 @@ Every order uses the same generate(), the same canvas, the same EOS rule and the
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
 same denoiser trained on by stage 1's loss for as many network states), and the better of the two on
 test is its number, so that a rule cannot lose because the denoiser was bent towards the learned
-order. A rule whose knob is not given is tuned: for each checkpoint and budget the knob of highest
-score on validation items (ties: fewer steps) is the one that is reported. Budget L is no cap for
+order. An order whose knob is not given is tuned: for each checkpoint and budget the knob of highest
+score on validation items (ties: fewer steps) is the one that is reported; for the learned order the choice
+is between drawn gates and thresholds of alpha. Budget L is no cap for
 adaptive rules, so there every knob of the sweep is reported. The score is --metric, accuracy or
 coherent, averaged over seeds; its Wilson 95 % interval is over items.
 
@@ -55,7 +56,7 @@ from model import MDM, load_checkpoint, pick_device, trim
 from orders import ORDERS, Order, parse_order
 from sample import generate, parse_steps, token_text
 
-EVERY_ORDER = ("learned,learned:0.5,left_to_right,random,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
+EVERY_ORDER = ("learned,left_to_right,random,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
                "low_entropy,klass,oracle,confidence@8,confidence+eos_last,iid+eos_last,threshold+eos_last,factor+eos_last,"
                "entropy_bound+eos_last,low_entropy+eos_last")
 
@@ -319,7 +320,7 @@ def plot_order(result: dict, path: Path):
     budgets = {row["budget"] for row in result["rows"]}
     budget = min(budgets, key=lambda budget: (abs(budget - 4), budget))
     at_budget = sorted((row for row in result["rows"] if row["budget"] == budget), key=lambda row: -row["score"])
-    shown = [[row for row in at_budget if row["order"] in names][:1] for names in (("learned", "learned:0.5"), ("confidence",))]
+    shown = [[row for row in at_budget if row["order"].split(":")[0] == name][:1] for name in ("learned", "confidence")]
     shown = [row for found in shown for row in found]
     if not shown:
         return
@@ -437,12 +438,12 @@ def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[d
     for budget, name, path in tqdm(runs, disable=None, leave=False):
         order = parse_order(name)
         choices = {name: order}
-        if ORDERS[order.name].knob and ":" not in name:  # a knob that is not given
+        if ORDERS[order.name].sweep and ":" not in name:  # a knob that is not given
             sweep = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
             choices = {str(choice): choice for choice in sweep} if budget == longest else {name: tune(tuning[path], order, budget, args.metric)}
-        draws = order.name in ("iid", "random") or (order.name == "learned" and not order.knob)
-        seeds = range(args.seeds if draws and budget > 1 else 1)
         for asked, choice in choices.items():
+            draws = choice.name in ("iid", "random") or (choice.name == "learned" and not choice.knob)
+            seeds = range(args.seeds if draws and budget > 1 else 1)
             rows.append({"checkpoint": path, "asked": asked, **evaluate(benches[path], choice, budget, seeds, args.metric)})
     compare(rows)
     return rows

@@ -188,11 +188,11 @@ def klass(state: State):
 class Rule(NamedTuple):
     reveal: Callable       # State -> (B, L) bool
     knob: tuple = ()       # default
-    sweep: tuple = ()      # knobs that eval_gsm8k.py tries where there is a default
+    sweep: tuple = ()      # knobs that eval_gsm8k.py tries where none is given
 
 
 ORDERS = {
-    "learned": Rule(learned, (), ((), (0.3,), (0.5,), (0.7,))),
+    "learned": Rule(learned, (), ((), (0.2,), (0.3,), (0.4,), (0.5,), (0.6,), (0.7,))),
     "left_to_right": Rule(left_to_right),
     "random": Rule(random),
     "confidence": Rule(confidence),

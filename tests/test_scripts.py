@@ -98,13 +98,13 @@ def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
     assert result["meta"]["train_config"]["dataset"] == "toy" and result["meta"]["title"] == "toy, test split, 5 items"
     assert set(result["meta"]) >= {"args", "commit", "torch", "python"} and [c["stage"] for c in result["meta"]["checkpoints"].values()] == ["order", "control"]
     # the learned order on one checkpoint, the others on two; a knob that is not given is chosen, and swept where there is no cap
-    rows, sweep = result["rows"], len(eval_gsm8k.ORDERS["threshold"].sweep)
-    assert len(rows) == 3 * (2 + 2 * 4) + 2 * (1 + 1 + sweep)
+    rows, sweep, gates = result["rows"], len(eval_gsm8k.ORDERS["threshold"].sweep), len(eval_gsm8k.ORDERS["learned"].sweep)
+    assert len(rows) == 3 * (1 + 2 * 4) + (1 + 1 + gates) + 2 * (1 + 1 + sweep)
     for row in rows:
         assert row["n"] == 5 and 0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 1
         assert row["steps_min"] <= row["steps_mean"] <= row["steps_max"] <= row["budget"] and row["steps_min"] >= 1
         assert row["coherent"] <= row["accuracy"] <= row["flexible"] and len(row["examples"]) == 3
-        assert row["score"] == row["accuracy"] == pytest.approx(np.mean(row["score_by_seed"])) and len(row["score_by_seed"]) == (2 if row["budget"] > 1 and row["order"] in ("learned", "iid") else 1)
+        assert row["score"] == row["coherent"] == pytest.approx(np.mean(row["score_by_seed"])) and len(row["score_by_seed"]) == (2 if row["budget"] > 1 and row["order"] in ("learned", "iid") else 1)
         assert ("p" in row) == row["order"].startswith("learned")
         assert max(example["reveal_step"][0] for example in row["examples"]) <= row["steps_max"] and len(row["eos_share"]) == row["steps_max"]
     assert {row["accuracy"] for row in rows if row["budget"] == 1 and "ckpt" in row["checkpoint"]} == {rows[0]["accuracy"]}  # one step has no order
@@ -112,10 +112,10 @@ def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
 
 def test_the_table_has_every_order_that_was_asked_for(trained, tmp_path, capsys):
     eval_gsm8k.main(["--ckpt", str(trained / "ckpt.pt"), "--control", str(trained / "control.pt"), "--steps", "2,2", "--limit", "5", "--tune_items", "4",
-                     "--seeds", "1", "--orders", "confidence, learned,threshold:0.5,threshold:0.9,confidence", "--json", str(tmp_path / "eval.json")])
+                     "--seeds", "1", "--orders", "confidence, learned:0.5,threshold:0.5,threshold:0.9,confidence", "--json", str(tmp_path / "eval.json")])
     printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith(("conf", "learned", "thresh"))]
-    assert sorted(name for name, _ in printed) == ["confidence", "learned", "threshold:0.5", "threshold:0.9"]
-    assert ["learned", "ckpt"] in printed  # the control's gate head was never trained
+    assert sorted(name for name, _ in printed) == ["confidence", "learned:0.5", "threshold:0.5", "threshold:0.9"]
+    assert ["learned:0.5", "ckpt"] in printed  # the control's gate head was never trained
 
 
 def test_figures_are_drawn_from_the_json_alone(evaluated, tmp_path):
