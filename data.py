@@ -339,7 +339,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)
 def value_of(expression: str) -> Fraction | None:
     """Exact value of an expression of numbers, + - * / ( ) and %, or None if it is no such thing or has more than
     200 characters. Python's grammar reads it; nothing is executed, and there is no operator whose result could grow

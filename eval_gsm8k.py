@@ -117,7 +117,7 @@ def judge(text: str, answer: str) -> dict:
             "format_failures": final_number(text) is None}
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)
 def role(text: str) -> tuple[bool, str | None]:
     """Is a token part of a number or word, or only a mark? And what stands after it, if it is a mark of places?"""
     places = {"=": "result", ">>": "structure", "<<": "operand", "####": "final"}

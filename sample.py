@@ -90,7 +90,7 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
 COLORS = [196, 208, 226, 118, 51, 75, 141, 213]  # of the 256-colour terminal; step 1 is red
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)
 def token_text(token: int, enc) -> str:
     return {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}.get(token) or enc.decode([token]).replace("\n", " ")
 
