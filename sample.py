@@ -90,9 +90,15 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
 COLORS = [196, 208, 226, 118, 51, 75, 141, 213]  # of the 256-colour terminal; step 1 is red
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=2)  # of the tokenizers of earlier runs none is kept alive
+def token_texts(enc) -> list[str]:
+    """What is shown for each token of a tokenizer."""
+    ends = {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}
+    return [ends.get(token) or enc.decode([token]).replace("\n", " ") for token in range(enc.n_vocab)]
+
+
 def token_text(token: int, enc) -> str:
-    return {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}.get(token) or enc.decode([token]).replace("\n", " ")
+    return token_texts(enc)[token]
 
 
 def render(tokens, reveal_step, t: int, enc, color: bool) -> str:
