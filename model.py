@@ -30,7 +30,9 @@ Axes: B batch, P prompt, L answer canvas, V vocabulary without MASK, D width, H 
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
 """
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -216,6 +218,15 @@ def denoiser_elbo(model: MDM, prompt, x0, generator=None, eps: float = 1e-3):
     return (log_p_of(model, h, x0, masked) / t).sum(-1)
 
 
+def keep_freed_memory():
+    """Have glibc keep freed buffers for the next step. Otherwise large ones go back to the system and come again page by
+    page, zeroed: of a training step on 2 CPU cores that took a sixth of the time, of sampling 512 answers at once a third."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no buffer is mapped for itself
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is handed back
+
+
 def pick_device(name: str) -> torch.device:
     """"auto" takes CUDA, then MPS, then CPU. Raises UserError when the named device is absent."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -223,6 +234,8 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device in present if present[device])
     if not present[name]:
         raise UserError(f"--device {name}: not available here, use --device cpu")
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
 
 

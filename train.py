@@ -46,6 +46,7 @@ import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
@@ -191,8 +192,12 @@ def seed_of(*parts) -> int:
 def rows_at(n: int, step: int, size: int, seed: int, stage: str):
     """Which of n rows make this step's batch: a fresh permutation each epoch, found from the step number alone."""
     epoch, i = divmod(step, max(n // size, 1))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, stage, "epoch", epoch)))
-    return order[i * size : (i + 1) * size]
+    return permutation(n, seed_of(seed, stage, "epoch", epoch))[i * size : (i + 1) * size]
+
+
+@lru_cache(maxsize=1)
+def permutation(n: int, seed: int):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
