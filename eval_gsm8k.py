@@ -10,9 +10,10 @@ Every order uses the same generate(), the same canvas, the same EOS rule and the
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
 same denoiser trained on by stage 1's loss for as many network states), and the better of the two on
 test is its number, so that a rule cannot lose because the denoiser was bent towards the learned
-order. An order whose knob is not given is tuned: for each checkpoint and budget the knob of highest
-score on validation items (ties: fewer steps) is the one that is reported; for the learned order the choice
-is between drawn gates and thresholds of alpha. Budget L is no cap for
+order. A budget is of steps on average. An order that needs all its steps is capped at it. An order whose knob is not
+given is tuned: for each checkpoint and budget, the knob and the cap (the budget or twice as much) of highest score
+among those that stay within the budget on average, all on validation items (ties: fewer steps); for the learned order the choice
+is between drawn gates and thresholds. Budget L is no cap for
 adaptive rules, so there every knob of the sweep is reported. The score is --metric, accuracy or
 coherent, averaged over seeds; its Wilson 95 % interval is over items.
 
@@ -33,6 +34,7 @@ each kind of token is revealed, the first answers with their orders, and which i
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -168,14 +170,14 @@ class Bench:
         self.first_seconds = time.perf_counter() - start
 
 
-def evaluate(bench: Bench, order: Order, budget: int, seeds=(0,), metric: str = "accuracy") -> dict:
-    """`order` with at most `budget` steps; "score", "ci95" and "correct" are those of `metric`. Item i draws from
+def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "accuracy") -> dict:
+    """`order` with at most `cap` steps; "score", "ci95" and "correct" are those of `metric`. Item i draws from
     seed * 1e6 + i, so that a row does not depend on the batch size. Seconds are those of one seed and include
     the shared first step."""
     start, generated = time.perf_counter(), []
     for seed in seeds:
         for rows, prompt, x0, first in bench.batches:
-            out = generate(bench.model, prompt, budget, order, seeds=[seed * 10**6 + i for i in rows], x0=x0, first=first)
+            out = generate(bench.model, prompt, cap, order, seeds=[seed * 10**6 + i for i in rows], x0=x0, first=first)
             generated += zip([seed] * len(rows), rows, out.tokens.tolist(), out.steps.tolist(), out.reveal_step.tolist())
     seconds = (time.perf_counter() - start) / len(seeds) + bench.first_seconds
 
@@ -193,7 +195,7 @@ def evaluate(bench: Bench, order: Order, budget: int, seeds=(0,), metric: str = 
     steps, mean = [used for *_, used, _ in generated] or [0], lambda values: sum(values) / len(values)
     share = {name: counts[name] / (n * len(seeds)) for name in ("accuracy", "coherent", "flexible", "harness", "format_failures")}
     return {
-        "order": str(order), "budget": budget, "n": n, "does_not_fit": n - len(bench.fitting), **share,
+        "order": str(order), "cap": cap, "n": n, "does_not_fit": n - len(bench.fitting), **share,
         "score": share[metric], "ci95": wilson(share[metric], n), "score_by_seed": right.mean(1).tolist(),
         "steps_mean": mean(steps), "steps_min": min(steps), "steps_max": max(steps),
         "equations_true": counts["true"] / max(counts["equations"], 1), "seconds": seconds,
@@ -206,11 +208,14 @@ def evaluate(bench: Bench, order: Order, budget: int, seeds=(0,), metric: str = 
     }
 
 
-def tune(bench: Bench, order: Order, budget: int, metric: str) -> Order:
-    """The order with the knob of highest score at this budget; ties: fewer steps."""
-    choices = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
-    scores = [(row["score"], -row["steps_mean"]) for row in (evaluate(bench, choice, budget, metric=metric) for choice in choices)]
-    return choices[scores.index(max(scores))]
+def tune(bench: Bench, order: Order, budget: int, metric: str) -> tuple[Order, int]:
+    """The knob and the cap of highest score within `budget` steps on average; ties: fewer steps."""
+    rows = {}
+    for knob, cap in itertools.product(ORDERS[order.name].sweep, (budget, min(2 * budget, bench.model.config.answer_len))):
+        row = evaluate(bench, replace(order, knob=knob), cap, metric=metric)
+        if row["steps_mean"] <= budget:
+            rows[replace(order, knob=knob), cap] = row["score"], -row["steps_mean"]
+    return max(rows, key=rows.get)
 
 
 # --- the table -----------------------------------------------------------------------------------------
@@ -324,17 +329,17 @@ def plot_order(result: dict, path: Path):
     shown = [row for found in shown for row in found]
     if not shown:
         return
-    n = len(shown[0]["examples"]) * len(shown)
+    n, last = len(shown[0]["examples"]) * len(shown), max(max(example["reveal_step"]) for row in shown for example in row["examples"])
     figure = Figure(figsize=(16, 1.5 * n + 3), layout="constrained")
     *panels, bars = figure.subplots(n + 1, 1, height_ratios=[1.2] * n + [2])
     for panel, (example, row) in enumerate((i, row) for i in range(len(shown[0]["examples"])) for row in shown):
         axes, question, tokens = panels[panel], row["examples"][example]["question"], row["examples"][example]["tokens"]
         step = np.array(row["examples"][example]["reveal_step"])
-        known = np.where(step <= np.arange(1, budget + 1)[:, None], step, np.nan)                  # (T, L)
-        axes.imshow(known, cmap="viridis_r", vmin=0.5, vmax=budget + 1, aspect="auto", alpha=0.6)
+        known = np.where(step <= np.arange(1, last + 1)[:, None], step, np.nan)                    # (T, L)
+        axes.imshow(known, cmap="viridis_r", vmin=0.5, vmax=last + 1, aspect="auto", alpha=0.6)
         for position, (text, t) in enumerate(zip(tokens, step)):
             axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=min(7, 32 / len(text)), parse_math=False)
-        axes.set(yticks=range(budget), yticklabels=range(1, budget + 1), xticks=[], ylabel=row["order"])
+        axes.set(yticks=range(last), yticklabels=range(1, last + 1), xticks=[], ylabel=row["order"])
         if row is shown[0]:
             axes.set_title(question, fontsize=9, loc="left", parse_math=False)
     kinds = [kind for kind in ("structure", "result", "operand", "operator", "final", "EOS", "PAD") if kind in shown[0]["kind_steps"]]
@@ -437,14 +442,14 @@ def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[d
             if path == args.ckpt or parse_order(name).name != "learned"]
     for budget, name, path in tqdm(runs, disable=None, leave=False):
         order = parse_order(name)
-        choices = {name: order}
+        choices = {name: (order, budget)}
         if ORDERS[order.name].sweep and ":" not in name:  # a knob that is not given
             sweep = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
-            choices = {str(choice): choice for choice in sweep} if budget == longest else {name: tune(tuning[path], order, budget, args.metric)}
-        for asked, choice in choices.items():
+            choices = {str(choice): (choice, longest) for choice in sweep} if budget == longest else {name: tune(tuning[path], order, budget, args.metric)}
+        for asked, (choice, cap) in choices.items():
             draws = choice.name in ("iid", "random") or (choice.name == "learned" and not choice.knob)
             seeds = range(args.seeds if draws and budget > 1 else 1)
-            rows.append({"checkpoint": path, "asked": asked, **evaluate(benches[path], choice, budget, seeds, args.metric)})
+            rows.append({"checkpoint": path, "asked": asked, "budget": budget, **evaluate(benches[path], choice, cap, seeds, args.metric)})
     compare(rows)
     return rows
 

@@ -2,7 +2,7 @@
 
 sample.py asks an order at every step but the last, which reveals whatever is left. An order is named by
 
-    NAME[:KNOB][@BLOCK][+eos_last]      learned, learned:0.5, confidence@8, threshold:0.9+eos_last
+    NAME[:KNOB][@BLOCK][+eos_last]      learned, learned:0.5, learned:0.5:0.999, confidence@8, threshold:0.9+eos_last
 
 KNOB      what an adaptive rule is tuned by; two knobs are written klass:0.9:0.01
 @BLOCK    positions in the leftmost unfinished block of this size come first (semi-autoregressive)
@@ -90,10 +90,14 @@ def entropy_of(log_p):
 def learned(state: State):
     """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
     has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); gates before f are closed, gates
-    after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely."""
+    after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely.
+
+    [NEW] With a second knob also every position with c^i >= knob 2. A certain token clashes with no other, so it needs no
+    step of its own; the gates decide about the uncertain ones, and an answer is done as soon as all is certain."""
     logits = state.gate_logits.masked_fill(~state.front, -torch.inf)
     if state.knob:
-        return or_best(logits.sigmoid() > state.knob[0], logits, state)
+        certain = state.log_p.amax(-1).exp() >= state.knob[1] if len(state.knob) == 2 else False
+        return or_best((logits.sigmoid() > state.knob[0]) | certain, logits, state)
     log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u_first)[:, None]          # (B, 1)
@@ -192,7 +196,7 @@ class Rule(NamedTuple):
 
 
 ORDERS = {
-    "learned": Rule(learned, (), ((), (0.2,), (0.3,), (0.4,), (0.5,), (0.6,), (0.7,))),
+    "learned": Rule(learned, (), ((), (0.2,), (0.3,), (0.5,), (0.7,), *((alpha, c) for alpha in (0.3, 0.4, 0.5, 0.7) for c in (0.99, 0.999)))),
     "left_to_right": Rule(left_to_right),
     "random": Rule(random),
     "confidence": Rule(confidence),

@@ -21,7 +21,7 @@ from sample import generate
 V, EOS, PAD = 5, 3, 4
 CERTAIN = (1.0, 0.0, 0.0, 0.0, 0.0)
 VARIANTS = ["", "+eos_last", "@3", "@2+eos_last"]
-KNOBS = {"learned": [(), (0.3,), (0.6,)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
+KNOBS = {"learned": [(), (0.3,), (0.6,), (0.6, 0.5), (0.8, 0.95)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
          "entropy_bound": [(0.0,), (0.7,), (3.0,)], "low_entropy": [(0.3,), (1.0,), (1.4,)],
          "klass": [(0.1, 0.2), (0.5, 0.02), (0.5, 0.5)]}
 
@@ -166,10 +166,11 @@ def test_learned_is_eq_1_by_inverse_cdf(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_learned_with_a_knob_opens_the_gates_above_it_or_the_likeliest(variant):
+def test_learned_with_knobs_opens_the_gates_above_the_first_and_what_is_certain_by_the_second_or_the_likeliest(variant):
     for row, front, knob, found in cases_in_front("learned", variant):
         if knob:
-            assert found == ([i for i in front if row.alpha[i] > knob[0]] or [max(front, key=lambda i: row.alpha[i])])
+            certain = lambda i: len(knob) == 2 and max(row.p[i]) >= knob[1]
+            assert found == ([i for i in front if row.alpha[i] > knob[0] or certain(i)] or [max(front, key=lambda i: row.alpha[i])])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -412,7 +413,7 @@ def test_an_unknown_name_is_told_the_known_ones(text):
 
 
 @pytest.mark.parametrize("text", [
-    "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
+    "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5:1", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
     "threshold:nan", "threshold:inf", "threshold:-inf", "threshold:-0.1", "klass:0.9:nan", "confidence@", "confidence@0",
     "confidence@-2", "confidence@x", "confidence@2.5", "confidence@4@8", "confidence@8:0.5", "confidence+", "confidence+eos",
     "confidence+eos_last+eos_last", "confidence+eos_last@8"])

@@ -102,12 +102,24 @@ def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
     assert len(rows) == 3 * (1 + 2 * 4) + (1 + 1 + gates) + 2 * (1 + 1 + sweep)
     for row in rows:
         assert row["n"] == 5 and 0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 1
-        assert row["steps_min"] <= row["steps_mean"] <= row["steps_max"] <= row["budget"] and row["steps_min"] >= 1
+        assert row["steps_min"] <= row["steps_mean"] <= row["steps_max"] <= row["cap"] <= 2 * row["budget"] and row["steps_min"] >= 1
         assert row["coherent"] <= row["accuracy"] <= row["flexible"] and len(row["examples"]) == 3
         assert row["score"] == row["coherent"] == pytest.approx(np.mean(row["score_by_seed"])) and len(row["score_by_seed"]) == (2 if row["budget"] > 1 and row["order"] in ("learned", "iid") else 1)
         assert ("p" in row) == row["order"].startswith("learned")
         assert max(example["reveal_step"][0] for example in row["examples"]) <= row["steps_max"] and len(row["eos_share"]) == row["steps_max"]
     assert {row["accuracy"] for row in rows if row["budget"] == 1 and "ckpt" in row["checkpoint"]} == {rows[0]["accuracy"]}  # one step has no order
+
+
+def test_a_budget_is_of_steps_on_average(trained):
+    """The tuned knob and cap have the highest score of those that stay within the budget on average, by brute force."""
+    model, state = eval_gsm8k.load_checkpoint(trained / "ckpt.pt")
+    bench = eval_gsm8k.Bench(model, build_tokenizer(state["pieces"]), load_splits("toy", toy_sizes={"val": 12})["val"], "equations")
+    for name, budget in (("threshold", 3), ("entropy_bound", 5), ("learned", 2)):
+        order, cap = eval_gsm8k.tune(bench, parse_order(name), budget, "accuracy")
+        rows = [eval_gsm8k.evaluate(bench, replace(order, knob=knob), cap) for knob in eval_gsm8k.ORDERS[name].sweep for cap in (budget, 2 * budget)]
+        chosen, within = eval_gsm8k.evaluate(bench, order, cap), [row for row in rows if row["steps_mean"] <= budget]
+        assert chosen["steps_mean"] <= budget and cap in (budget, 2 * budget)
+        assert (chosen["score"], -chosen["steps_mean"]) == max((row["score"], -row["steps_mean"]) for row in within)
 
 
 def test_the_table_has_every_order_that_was_asked_for(trained, tmp_path, capsys):
