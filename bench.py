@@ -17,16 +17,25 @@ twin      the same network read causally, with a key-value cache: one greedy tok
           random, so it is told where to stop: after as many tokens as the true answer has, EOS included
 
 Answer tokens are those of the true answers. Each number is a median over --rounds, taken in turn, so that the first and
-cold one does not count. Memory is the most that was held while the job ran: allocated on CUDA; on Linux the whole process' resident set,
-what earlier jobs left behind included.
+cold one does not count. Memory is the most that was allocated while the job ran, all networks here included. Only CUDA
+tells: on a CPU freed memory stays with the process (model.py), whose size is then that of the largest job so far.
+
+costs     with --costs: seconds of a step of stage 1 and of the order stage where L, K, T or n_layer is half or double, on
+          random tokens, so that the data cuts nothing off
+
+`train.py --dry_run` is here too. Parameters, optimizer states and Muon's FLOPs are those of networks without memory
+(torch's meta device). FLOPs of forward and backward, activations (what autograd keeps for backward, each storage once)
+and seconds grow evenly with the examples and with the blocks of each network, so few examples and one and two blocks
+tell the rest. Seconds of an update are taken in proportion to Muon's FLOPs.
 """
 
 import argparse
+import copy
 import dataclasses
+import datetime
 import itertools
 import platform
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -38,9 +47,9 @@ from tqdm import tqdm
 
 from data import Split, UserError, build_tokenizer, cli
 from eval_gsm8k import versions, write_json
-from model import MDM, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
+from model import MDM, denoiser_elbo, load_checkpoint, pick_device, trim
 from sample import generate, parse_steps
-from train import Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, stage_objective
+from train import STAGES, Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, size_of, stage_objective
 
 AT_LEAST = 0.3  # seconds that one measurement lasts, so that short jobs are called many times
 
@@ -100,7 +109,7 @@ def make_run(config: Config) -> Run:
     (prompt, _), (x0, lengths) = draw(config.prompt_len), draw(config.answer_len)
     pieces = [f"piece {i}" for i in range(config.n_pieces)]
     split = Split(prompt, x0.scatter(1, lengths - 1, V - 2), [True] * n)
-    return Run(config, pick_device(config.device), {}, pieces, build_tokenizer(pieces), split, split, 0)
+    return Run(dataclasses.replace(config, augment=0.0), pick_device(config.device), {}, pieces, build_tokenizer(pieces), split, split, 0)
 
 
 def forward_size(run: Run, model: MDM, n: int = 8) -> tuple[float, float]:
@@ -115,29 +124,47 @@ def forward_size(run: Run, model: MDM, n: int = 8) -> tuple[float, float]:
     return counter.get_total_flops() / n, tokens / n
 
 
-def training(stage: str, run: Run, batch_size: int):
-    """Two jobs: a whole step of train_stage, and its optimizers alone, on the gradients of the last step."""
-    config, counter = run.config, itertools.count()
-    model, posterior, optimizers = build_stage(stage, run)
+def fresh(stage: str, run: Run):
+    """What a stage trains, its denoiser untrained."""
+    return build_stage(stage, run, build_stage("denoiser", run)[0])
+
+
+def training(stage: str, run: Run, built):
+    """Three jobs on what build_stage gave: a whole step of train_stage; its gradients alone, of the first n examples of step i's batch; its
+    clipping and optimizers alone, on the last gradients."""
+    config, counter, batch_size = run.config, itertools.count(), size_of(stage, run.config)[1]
+    model, posterior, optimizers = built
     params = [p for module in (model, posterior) if module for p in module.parameters() if p.requires_grad]
 
-    def step():
-        i = next(counter)
+    def gradients(i: int, n: int | None = None):
         prompt, x0 = batch_at(run, stage, i, batch_size)
         generator = torch.Generator(run.device).manual_seed(seed_of(config.seed, stage, i))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.autocast):
-            objective, _ = stage_objective(stage, run, model, posterior, prompt, x0, 1.0, generator)
+            objective, _ = stage_objective(stage, run, model, posterior, prompt[:n], x0[:n], 1.0, generator)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         (-objective / config.answer_len).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+
+    def step():
+        gradients(next(counter))
         update()
 
     def update():
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         for optimizer in optimizers:
             optimizer.step()
 
-    return step, update
+    return step, gradients, update
+
+
+def variants_of(run: Run) -> dict[str, Run]:
+    """This run on random tokens, and with one size half and double, where that is allowed and another."""
+    given = dataclasses.replace(run.config, dataset="gsm8k", data_dir="", augment=0.0, n_pieces=len(run.pieces))
+    configs = {"as given": given}
+    for name, least in (("answer_len", 1), ("K", 2), ("T", 1), ("n_layer", 1)):
+        size = getattr(given, name)
+        configs |= {f"{name} {n}": dataclasses.replace(given, **{name: n}) for n in (max(size // 2, least), 2 * size) if n != size}
+    return {name: make_run(config) for name, config in configs.items()}
 
 
 def answering(run: Run, batch: int, answer):
@@ -158,6 +185,105 @@ def answer_lengths(x0, eos: int):
     return (x0 < eos).sum(-1) + 1
 
 
+# --- what a run will take ----------------------------------------------------------------------------------
+
+def kept_bytes(job) -> int:
+    """Bytes that autograd keeps for backward during a job, each storage once; no weights, nor autocast's copies of them."""
+    storages = {}
+
+    def pack(x):
+        node = x.grad_fn
+        while node and node.name() in ("TBackward0", "ToCopyBackward0"):
+            node = node.next_functions[0][0]
+        if not isinstance(x, torch.nn.Parameter) and not hasattr(node, "variable"):  # a leaf's node has its variable
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        job()
+    return sum(storages.values())
+
+
+def held(stage: str, run: Run) -> dict:
+    """Parameters of a stage's networks; bytes of weights, gradients and optimizer states; FLOPs of an update (Muon's)."""
+    run = dataclasses.replace(run, device=torch.device("meta"))
+    with run.device:  # shapes without memory
+        model, posterior, optimizers = fresh(stage, run)
+    params = [list(module.parameters()) for module in (model, posterior) if module]
+    trained = [p for p in sum(params, []) if p.requires_grad]
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    with FlopCounterMode(display=False) as counter:
+        for optimizer in optimizers:
+            optimizer.step()
+    states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
+    return {"parameters": [sum(p.numel() for p in module) for module in params], "update_flops": counter.get_total_flops(),
+            "held_bytes": sum(x.nbytes for x in sum(params, []) + trained + states)}
+
+
+def per_example(stage: str, run: Run, rows: int) -> dict:
+    """FLOPs, bytes kept for backward and seconds of the gradients of one example, from as few of `rows` as take
+    AT_LEAST seconds (`measured`), and seconds of an update; see the top of this file."""
+    config, n, seconds = run.config, 0, 0.0
+    small = {depth: dataclasses.replace(run, config=dataclasses.replace(config, n_layer=depth[0], n_layer_posterior=depth[1]))
+             for depth in ((1, 1), (2, 1), (1, 2)) if stage == "order" or depth[1] == 1}
+    built = {depth: fresh(stage, s) for depth, s in small.items()}
+    if stage == "order":  # new blocks are the identity: with the rest the same, so are the orders, and the work they make
+        for _, posterior, _ in built.values():
+            posterior.load_state_dict(built[1, 1][1].state_dict(), strict=False)
+    jobs = {depth: training(stage, s, built[depth]) for depth, s in small.items()}
+    while n == 0 or seconds < AT_LEAST and n < rows:
+        n, start = min(max(2 * n, 1), rows), time.perf_counter()
+        jobs[1, 1][1](0, n)
+        synchronize(run.device)
+        seconds = time.perf_counter() - start
+    update, jobs = jobs[1, 1][2], {depth: lambda gradients=gradients: gradients(0, n) for depth, (_, gradients, _) in jobs.items()}
+    flops, kept = {}, {depth: kept_bytes(job) for depth, job in jobs.items()}
+    for depth, job in jobs.items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            job()
+        flops[depth] = counter.get_total_flops()
+    seconds = measure(jobs, 1, run.device)[0]
+    update()  # makes the optimizers' states
+    update_seconds = measure({"update": update}, 1, run.device)[0]["update"]
+
+    def whole(at):  # from one and two blocks of each network to all
+        one = at[1, 1]
+        return (one + (config.n_layer - 1) * (at[2, 1] - one) + (config.n_layer_posterior - 1) * (at.get((1, 2), one) - one)) / n
+
+    return {"flops": whole(flops), "kept_bytes": whole(kept), "seconds": whole(seconds), "measured": n,
+            "update_seconds": update_seconds * held(stage, run)["update_flops"] / held(stage, small[1, 1])["update_flops"]}
+
+
+def dry_run(config: Config):
+    """Print what training would take, without training and without writing anything."""
+    run, start, found, total = make_run(config), time.perf_counter(), {}, [0.0, 0.0]
+    if not run.items:
+        print("no data on disk: random tokens")
+    for kind, rows in (("denoiser", config.batch_size), ("order", config.batch_size_order)):
+        found[kind] = held(kind, run) | per_example(kind, run, -(-rows // config.chunks))
+    found["control"] = found["denoiser"]  # the same loss, networks and optimizers
+    denoiser, posterior = found["order"]["parameters"]
+    print(f"denoiser {denoiser:,} parameters, posterior {posterior:,}; {run.device}, {torch.get_num_threads()} threads, one process\n\n"
+          f"{'stage':<9}{'steps':>7}{'examples':>10}{'states':>8}{'tokens':>9}{'GFLOP':>10}{'update':>9}{'seconds':>9}{'state MB':>10}{'activ. MB':>11}{'PFLOP':>9}  time")
+    for stage in STAGES:
+        of, (steps, batch) = found[stage], size_of(stage, config)
+        prompt, x0 = batch_at(run, stage, 0, batch)
+        states, flops = batch * (1 + config.K if stage == "order" else 1), batch * of["flops"]
+        seconds, part = batch * of["seconds"] + of["update_seconds"], -(-batch // config.chunks)
+        sums = steps * (flops + of["update_flops"]), steps * seconds
+        total = [total[0] + sums[0], total[1] + sums[1]]
+        print(f"{stage:<9}{steps:>7}{batch:>10}{states:>8}{prompt.numel() + states * x0.shape[1]:>9}{flops / 1e9:>10.2f}{of['update_flops'] / 1e9:>9.2f}{seconds:>9.3g}"
+              f"{of['held_bytes'] / 1e6:>10.1f}{part * of['kept_bytes'] / 1e6:>11.1f}{sums[0] / 1e15:>9.3g}  {datetime.timedelta(seconds=round(sums[1]))}")
+    print(f"{'total':<82}{'':>10}{total[0] / 1e15:>9.3g}  {datetime.timedelta(seconds=round(total[1]))}\n\n"
+          "a step      examples to seconds. GFLOP: matrix products of forward and backward, counted; update: Muon's\n"
+          "memory      state: weights, gradients, optimizer states. activ.: what autograd keeps for backward, measured; of a batch or, with\n"
+          "            --chunks, of a part. What backward needs while it runs comes on top\n"
+          f"time        measured: {found['denoiser']['measured']} of {config.batch_size} examples of stage 1, {found['order']['measured']} of {config.batch_size_order} of the order stage, through 1 and 2 blocks of each\n"
+          "            network, and updates of 1 block; the rest in proportion. Validation, saving and the final table come on top\n"
+          f"nothing was trained or written; found in {time.perf_counter() - start:.0f} s")
+
+
 # --- measuring -------------------------------------------------------------------------------------------
 
 def synchronize(device: torch.device):
@@ -166,17 +292,12 @@ def synchronize(device: torch.device):
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float | None:
-    """MB held at most since the last reset, None where the system does not tell (see the top of this file)."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
-    except (OSError, IndexError):
+    """MB allocated at most since the last reset; None but on CUDA (see the top of this file)."""
+    if device.type != "cuda":
         return None
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_allocated(device) / 1e6
 
 
 def measure(jobs: dict, rounds: int, device: torch.device) -> tuple[dict, dict]:
@@ -202,6 +323,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each number; their median counts, so 3 or more")
     parser.add_argument("--batches", default="1,64,512", help="answers generated at once, comma-separated")
     parser.add_argument("--steps", default="1,2,4,8,L", help="step budgets, comma-separated; L is the length of the canvas")
+    parser.add_argument("--costs", action="store_true", help="also how a step's cost grows with L, K, T and n_layer")
     parser.add_argument("--ckpt", help="checkpoint to sample from, and to start the order stage from; random weights otherwise")
     parser.add_argument("--json", help="where to write the results")
     args, rest = parser.parse_known_args(argv)
@@ -215,35 +337,37 @@ def parse_args(argv) -> tuple[argparse.Namespace, Config]:
 def show(result: dict):
     """Print the results as a table."""
     meta, train, memory = result["meta"], result["train"], {name: f"{mb:.0f}" if mb else "" for name, mb in result["memory_mb"].items()}
+    in_mb = lambda job: f"; {memory[job]} MB" if memory[job] else ""
     print(f"{meta['device']}, {meta['threads']} threads, {meta['dtype']}, torch {meta['torch']}, commit {meta['commit']}")
     print(f"matmul    {result['matmul_gflops']:.1f} GFLOP/s at {meta['matmul']}")
     print(f"stage 1   {train['sequences_per_s']:.1f} sequences/s, {train['tokens_per_s']:.0f} tokens/s: {100 * result['train_share']:.1f} % of matmul "
-          f"({train['gflop_per_step']:.2f} GFLOP a step); optimizers {100 * train['optimizer_share']:.1f} % of the time; {memory['stage 1']} MB")
-    print(f"order     {result['order_states_per_s']:.1f} states/s, cost {result['order_cost_ratio']:.2f}; {memory['order']} MB")
+          f"({train['gflop_per_step']:.2f} GFLOP a step); clipping and optimizers {100 * train['optimizer_share']:.1f} % of the time" + in_mb("stage 1"))
+    print(f"order     {result['order_states_per_s']:.1f} states/s, cost {result['order_cost_ratio']:.2f}" + in_mb("order"))
     print(f"\n{'answers':<10}{'batch':>6}{'steps':>8}{'answers/s':>11}{'tokens/s':>10}{'MB':>8}")
     tokens = result["answer_tokens"]
     rows = [(f"sample {T}", batch, result["sample_steps"][T][batch], rate) for T in result["sample"] for batch, rate in result["sample"][T].items()]
     rows += [("twin", batch, tokens, rate) for batch, rate in result["causal_twin"].items()]
     for name, batch, steps, rate in rows:
         print(f"{name:<10}{batch:>6}{steps:>8.2f}{rate:>11.1f}{rate * tokens:>10.0f}{memory[f'{name} {batch}']:>8}")
+    if result["costs"]:
+        print(f"\n{'costs':<18}{'stage 1, s':>11}{'ratio':>7}{'order, s':>11}{'ratio':>7}")
+    for name, row in result["costs"].items():
+        print(f"{name:<18}" + "".join(f"{row[stage]:>11.4f}{row[stage] / result['costs']['as given'][stage]:>7.2f}" for stage in row))
 
 
 def main(argv=None):
     (args, config), start = parse_args(argv), time.perf_counter()
     if args.json:
         write_json(Path(args.json).with_suffix(".tmp"), {})  # fails now rather than after minutes
-    with tempfile.TemporaryDirectory() as folder:  # the order stage starts from the denoiser in --out_dir
-        run = make_run(dataclasses.replace(config, out_dir=folder))
-        device, model = run.device, build_stage("denoiser", run)[0]
-        if args.ckpt:
-            expected, (model, _) = model.config, load_checkpoint(args.ckpt, device)
-            if model.config != expected:
-                raise UserError(f"--ckpt {args.ckpt} has other sizes than this run: pass the flags that it was trained with")
-        save_checkpoint(run.path("denoiser.pt"), model, run.pieces, train_config=dataclasses.asdict(config), versions=versions(), data=0, stage="denoiser", step=0,
-                        counts={}, posterior=[], optimizers=[])
-        states, (flops, tokens) = config.batch_size_order * (1 + config.K), forward_size(run, model)
-        step, update = training("denoiser", run, config.batch_size)
-        order, control = training("order", run, config.batch_size_order)[0], training("control", run, states)[0]
+    run = make_run(config)
+    device, model = run.device, build_stage("denoiser", run)[0]
+    if args.ckpt:
+        expected, (model, _) = model.config, load_checkpoint(args.ckpt, device)
+        if model.config != expected:
+            raise UserError(f"--ckpt {args.ckpt} has other sizes than this run: pass the flags that it was trained with")
+    states, (flops, tokens) = size_of("control", config)[1], forward_size(run, model)
+    step, _, update = training("denoiser", run, build_stage("denoiser", run))
+    order, control = (training(stage, run, build_stage(stage, run, copy.deepcopy(model)))[0] for stage in ("order", "control"))
 
     side, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if run.autocast else torch.float32
     a, b = torch.randn(2, side, side, device=device).to(dtype)
@@ -257,6 +381,10 @@ def main(argv=None):
     for batch in batches:
         jobs[f"twin {batch}"] = answering(run, int(batch), lambda prompt, x0: twin.write(prompt, answer_lengths(x0, model.config.eos), dtype))
 
+    variants = variants_of(run) if args.costs else {}
+    for name, variant in variants.items():
+        jobs |= {f"{stage} {name}": training(stage, variant, fresh(stage, variant))[0] for stage in ("denoiser", "order")}
+
     seconds, memory = measure(jobs, args.rounds, device)
     matmul = 2 * side**3 / seconds["matmul"]
     result = {
@@ -268,6 +396,7 @@ def main(argv=None):
         "sample_steps": {T: {batch: statistics.mean(used[T, batch]) for batch in batches} for T in steps},
         "causal_twin": {batch: int(batch) / seconds[f"twin {batch}"] for batch in batches},
         "answer_tokens": answer_lengths(run.val.x0, model.config.eos).float().mean().item(), "memory_mb": memory, "seconds_per_call": seconds,
+        "costs": {name: {stage: seconds[f"{stage} {name}"] for stage in ("denoiser", "order")} for name in variants},
         "meta": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
                  "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "matmul": f"{side} x {side}", **versions(),
                  "args": vars(args), "config": dataclasses.asdict(config), "seconds": time.perf_counter() - start},

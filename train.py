@@ -3,6 +3,7 @@
     python train.py                                        the toy task, minutes on 2 CPU cores
     python train.py --preset gsm8k --data_dir DIR          GSM8K's train.jsonl and test.jsonl
     python train.py --resume                               go on where a stopped run was saved
+    python train.py --preset gsm8k_aug --dry_run           what a run would take, found in a minute or two; writes nothing
     torchrun --nproc_per_node 2 train.py --chunks 2        the same batches by two processes
 
 Three stages, one loop:
@@ -353,15 +354,23 @@ def validate(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None,
     return {"val": bound.item(), "p_steps": steps.float().mean().item()}
 
 
-def build_stage(stage: str, run: Run) -> tuple[MDM, OrderPosterior | None, list[torch.optim.Optimizer]]:
-    """The networks that a stage trains, as they are before its first step, and their optimizers."""
+def size_of(stage: str, config: Config) -> tuple[int, int]:
+    """Optimizer steps of a stage, and examples per step."""
+    if stage == "denoiser":
+        return config.max_steps_denoiser, config.batch_size
+    return config.max_steps_order, config.batch_size_order * (1 if stage == "order" else 1 + config.K)
+
+
+def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, OrderPosterior | None, list[torch.optim.Optimizer]]:
+    """The networks that a stage trains, as they are before its first step, and their optimizers. `model`: what stage 1
+    has left, where it is at hand; otherwise denoiser.pt."""
     config, V = run.config, 256 + len(run.pieces) + 2
     torch.manual_seed(seed_of(config.seed, stage, "weights"))
     if stage == "denoiser":
         model = MDM(ModelConfig(V, config.prompt_len, config.answer_len, config.n_layer, config.n_head, config.n_embd))
         model.to(run.device)
         return model, None, make_optimizers([model], config)
-    model, _ = load_checkpoint(run.path("denoiser.pt"), run.device)
+    model = model or load_checkpoint(run.path("denoiser.pt"), run.device)[0]
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
@@ -431,9 +440,7 @@ def restore(resume: dict, run: Run, steps: int, modules: list[torch.nn.Module], 
 
 def train_stage(stage: str, run: Run, resume: dict | None):
     """Train one stage to its end, from its start or from a resume point, and write its checkpoint."""
-    config, device = run.config, run.device
-    steps = config.max_steps_denoiser if stage == "denoiser" else config.max_steps_order
-    batch_size = {"denoiser": config.batch_size, "order": config.batch_size_order, "control": config.batch_size_order * (1 + config.K)}[stage]
+    config, device, (steps, batch_size) = run.config, run.device, size_of(stage, run.config)
     model, posterior, optimizers = build_stage(stage, run)
     modules = [model, posterior] if posterior else [model]
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -533,7 +540,13 @@ def start_log(run: Run, resume: dict | None):
 
 
 def main(argv=None):
-    config, start = parse_config(argv), time.perf_counter()
+    switch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    switch.add_argument("--dry_run", action="store_true")  # no field of Config, which checkpoints hold
+    args, flags = switch.parse_known_args(argv)
+    config, start = parse_config(flags), time.perf_counter()
+    if args.dry_run:
+        from bench import dry_run  # which imports this file
+        return dry_run(config)
     run, resume = prepare(config), None
     if run.world > 1:
         if config.chunks % run.world:

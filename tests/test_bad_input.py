@@ -68,7 +68,8 @@ BAD = {
         ("--train_items 10000000000", "at most"), ("--preset gsm8k --data_dir absent", "no train.jsonl or train.txt"), ("--preset gsm8k --data_dir file", "no train.jsonl"),
         ("--preset gsm8k --data_dir loop", "no train.jsonl"), (["--preset", "gsm8k", "--data_dir", "a\0b"], "no train.jsonl"), (["--preset", "gsm8k", "--data_dir", LONG], "no train.jsonl"),
         ("--resume --out_dir absent", "resume.pt not found"), ("--resume --out_dir loop", "resume.pt not found"), ("--resume --out_dir folder", "does not fit"),
-        ("--resume --out_dir folder --tau 0.3", "leave out --tau")],
+        ("--resume --out_dir folder --tau 0.3", "leave out --tau"), ("--dry_run --n_embd 15", "--n_embd 15 must be"), ("--dry_run=1", "ignored explicit argument"),
+        ("--dry_run --preset gsm8k --data_dir absent", "no train.jsonl"), ("--dry_run --resume --out_dir absent", "resume.pt not found")],
     sample: [
         ("--ckpt absent.pt", "absent.pt not found: run `python train.py`"), ("--ckpt folder.pt", "not found"), ("--ckpt loop", "not found"), (["--ckpt", "a\0b"], "not found"),
         (["--ckpt", LONG], "not found"), (["--ckpt", BROKEN], r"caf\udce9 not found"), (["--ckpt", "a\nb\x1b[31m\u202e"], r"a\nb\x1b[31m\u202e not found"),

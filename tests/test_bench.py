@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,17 +89,16 @@ def test_a_measured_step_is_a_step_of_train(run, monkeypatch):
     run = bench.make_run(train.parse_config([*TINY, "--out_dir", run.config.out_dir, "--kl_ramp", "0", "--tau_end", "0.1", "--max_steps_denoiser", "5", "--max_steps_order", "5"]))
     monkeypatch.setattr(train, "lr_factor", lambda *_: 1.0)
     for stage, batch_size, name in (("denoiser", 4, "denoiser.pt"), ("order", 4, "ckpt.pt"), ("control", 12, "control.pt")):
-        made = []
-        build = train.build_stage
-        monkeypatch.setattr(bench, "build_stage", lambda *args: made.append(build(*args)) or made[-1])
-        step, _ = bench.training(stage, run, batch_size)
-        start = [p.clone() for p in made[0][0].parameters()]
+        made = train.build_stage(stage, run)
+        assert train.size_of(stage, run.config)[1] == batch_size
+        step, *_ = bench.training(stage, run, made)
+        start = [p.clone() for p in made[0].parameters()]
         for _ in range(5):
             step()
         train.train_stage(stage, run, None)
         trained = load_checkpoint(run.path(name))[0]
-        assert all(torch.equal(a, b) for a, b in zip(made[0][0].parameters(), trained.parameters()))
-        assert not all(torch.equal(a, b) for a, b in zip(made[0][0].parameters(), start))
+        assert all(torch.equal(a, b) for a, b in zip(made[0].parameters(), trained.parameters()))
+        assert not all(torch.equal(a, b) for a, b in zip(made[0].parameters(), start))
 
 
 def test_jobs_run_in_turn_and_a_cold_first_round_does_not_count(monkeypatch):
@@ -122,6 +122,82 @@ def test_the_toy_and_random_data_are_measured(tmp_path, monkeypatch, capsys):
     bench.main([*flags, "--batches", "2", "--steps", "2", "--dataset", "gsm8k", "--answer_len", "9", "--dtype", "bfloat16"])
     result = json.loads((tmp_path / "b" / "bench.json").read_text())
     assert 5 <= result["answer_tokens"] <= 9 and result["sample_steps"] == {"2": {"2": 2}} and result["meta"]["dtype"] == "bfloat16"
+
+
+def test_costs_have_a_row_for_every_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "AT_LEAST", 0.0)
+    bench.main([*TINY, "--rounds", "1", "--batches", "1", "--steps", "1", "--costs", "--json", str(tmp_path / "bench.json")])
+    costs = json.loads((tmp_path / "bench.json").read_text())["costs"]
+    assert list(costs) == ["as given", "answer_len 30", "answer_len 120", "K 4", "T 2", "T 8", "n_layer 2"]  # K 1 and n_layer 0 cannot be
+    assert all(set(row) == {"denoiser", "order"} and min(row.values()) > 0 for row in costs.values())
+    printed = capsys.readouterr().out.split("\ncosts ")[1].splitlines()[1:]
+    assert [line[:18].strip() for line in printed] == list(costs) and printed[0].split()[-3::2] == ["1.00", "1.00"]
+
+
+DEEP = [*TINY, "--n_layer", "3", "--n_layer_posterior", "4"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_costs_of_one_and_two_blocks_tell_those_of_the_whole(tmp_path, monkeypatch, dtype):
+    """FLOPs exactly, and bytes too: they grow evenly with blocks, and no weight is among them."""
+    monkeypatch.setattr(bench, "AT_LEAST", 0.0)  # one example, and one call
+    run = bench.make_run(train.parse_config([*DEEP, "--dtype", dtype]))
+    for stage in ("denoiser", "order"):
+        found = bench.per_example(stage, run, 4)
+        built = bench.fresh(stage, run)
+        if stage == "order":
+            shallow = replace(run, config=replace(run.config, n_layer=1, n_layer_posterior=1))
+            built[1].load_state_dict(bench.fresh(stage, shallow)[1].state_dict(), strict=False)  # the same orders
+        _, gradients, _ = bench.training(stage, run, built)
+        assert found["measured"] == 1 and found["kept_bytes"] == bench.kept_bytes(lambda: gradients(0, 1))
+        with bench.sdpa_kernel(bench.SDPBackend.MATH), bench.FlopCounterMode(display=False) as counter:
+            gradients(0, 1)
+        assert found["flops"] == counter.get_total_flops() and min(found["seconds"], found["update_seconds"]) > 0
+
+
+def test_no_weights_are_among_the_bytes_kept_for_backward():
+    layer, x = torch.nn.Linear(50, 40, bias=False), torch.randn(3, 50)
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        def job():
+            with torch.autocast("cpu", torch.bfloat16, enabled=width == 2):
+                layer(x).square().sum()
+        assert bench.kept_bytes(job) == width * (3 * 50 + 3 * 40)
+
+
+def test_a_dry_runs_flops_are_three_forward_passes_and_muons_products(tmp_path):
+    """Of stage 1, by hand: a forward pass (see above), twice that for backward; five Newton-Schulz steps per matrix."""
+    run = bench.make_run(train.parse_config([*DEEP, "--out_dir", str(tmp_path)]))
+    model, D = train.build_stage("denoiser", run)[0], run.config.n_embd
+    want = 3 * bench.forward_size(run, model, n=1)[0] / run.config.batch_size
+    assert bench.per_example("denoiser", run, 4)["flops"] == pytest.approx(want, rel=1e-12)
+    tokens = train.batch_at(run, "denoiser", 0, 4)[0].shape[1] + run.config.answer_len
+    assert 0.5 < want / (6 * tokens * 12 * D * D * 3) < 2  # 6 per weight and token, about: here attention and heads are large
+    blocks = sum(2 * D**3 * (2 * k + 1) for k in (1, 2, 1, 4, 4)) * 5 * 3
+    assert bench.held("denoiser", run)["update_flops"] == blocks
+
+
+def test_a_dry_run_names_what_a_run_takes_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "AT_LEAST", 0.0)
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--dataset", "gsm8k", "--answer_len", "9", "--augment", "0.5", "--chunks", "2"]):
+        train.main([*TINY, "--dry_run", *flags])
+        printed = capsys.readouterr().out
+        assert not list(tmp_path.iterdir()) and ("no data on disk" in printed) == bool(flags)
+        run = bench.make_run(train.parse_config([*TINY, *flags]))
+        model, posterior, _ = train.build_stage("order", run, train.build_stage("denoiser", run)[0])
+        size = [sum(p.numel() for p in module.parameters()) for module in (model, posterior)]
+        assert f"denoiser {size[0]:,} parameters, posterior {size[1]:,};" in printed
+        rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.startswith((*train.STAGES, "total"))}
+        rows = {stage: row for stage, row in rows.items() if row[1] != f"{size[0]:,}"}
+        assert [rows[stage][1:4] for stage in train.STAGES] == [["12", "4", "4"], ["12", "4", "12"], ["12", "12", "12"]] and "total" in rows
+        assert float(rows["denoiser"][8]) == pytest.approx(16 * size[0] / 1e6, abs=0.3)  # weight, gradient, one or two states
+        assert all(float(x) > 0 for stage in train.STAGES for x in rows[stage][4:6] + rows[stage][7:11])  # Muon's GFLOP are 0.00 here
+
+
+def test_a_dry_run_is_no_constant_of_a_run():
+    assert not hasattr(train.Config(), "dry_run")
+    with pytest.raises(UserError, match="n_embd 15"):
+        train.main(["--dry_run", "--n_embd", "15"])
 
 
 def test_bad_flags_are_one_clear_line(tmp_path):
