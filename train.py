@@ -72,7 +72,7 @@ def arg(default, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = arg("toy", "constants to start from: toy, toy2, gsm8k, gsm8k_aug")
+    preset: str = arg("toy", "constants to start from: toy, toy2, gsm8k, gsm8k_gpu, gsm8k_aug")
     dataset: str = arg("toy", "toy, toy2, gsm8k or gsm8k-aug")
     data_dir: str = arg("", "folder with train.jsonl and test.jsonl; empty: the hub")
     target: str = arg("equations", "what to generate: equations or full")
@@ -92,12 +92,12 @@ class Config:
     train_items: int = arg(50_000, "size of the toy's training pool")
     augment: float = arg(0.0, "GSM8K: share of the training items that get other numbers, where they can, anew each epoch")
     # stage 1
-    max_steps_denoiser: int = arg(1500, "optimizer steps of stage 1")
+    max_steps_denoiser: int = arg(2400, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
     lr_matrix: float = arg(0.02, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(1600, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(1400, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(3, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
     T: int = arg(4, "step budget that the order is learned for")
@@ -108,8 +108,8 @@ class Config:
     lr_scale_posterior: float = arg(0.15, "posterior's learning rates, over stage 1's")
     n_layer_posterior: int = arg(2, "blocks of the posterior network")
     freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
-    # both
-    cooldown: float = arg(0.6, "last share of the order stage, and of the control, in which the learning rates fall to 0")
+    # all stages
+    cooldown: float = arg(0.6, "last share of each stage in which the learning rates fall to 0")
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds")
     save_every: int = arg(500, "steps between resume points")
@@ -153,8 +153,11 @@ PRESETS = {
     "toy": {},
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards: no fixed direction is right
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
-                  max_steps_denoiser=1000, max_steps_order=250, batch_size_order=4, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
-                  lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, save_every=100, eval_items=128, table_items=32),
+                  max_steps_denoiser=2700, max_steps_order=500, batch_size_order=8, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
+                  lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, eval_items=128, table_items=32),
+    # 16M parameters, for minutes of a GPU.
+    "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, batch_size=128, max_steps_denoiser=6000,
+                      max_steps_order=3000, batch_size_order=32, augment=0.5, lr_matrix=0.01, lr_other=1e-3, lr_scale_order=0.5, lr_scale_posterior=0.1),
     # The paper's recipe. Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
                       max_steps_denoiser=45_000, max_steps_order=15_000, batch_size_order=32, K=8, T=5, lr_matrix=0.005,
@@ -214,8 +217,8 @@ def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float
 
 
 def lr_factor(step: int, steps: int, cooldown: float) -> float:
-    """20 steps of warm-up, constant, then linear to 0 over the last share `cooldown` of the stage, if any."""
-    return min(1.0, (step + 1) / 20, (1 - step / steps) / cooldown if cooldown else 1.0)
+    """20 steps of warm-up, constant, then linear to 0 over the last share `cooldown` of the stage."""
+    return min(1.0, (step + 1) / 20, (1 - step / steps) / cooldown)
 
 
 # --- the run -------------------------------------------------------------------------------------------
@@ -463,7 +466,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 
     start, tokens, since = resume["step"] if resume else 0, 0, time.perf_counter()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=stage, disable=run.rank > 0 or None):
-        factor = lr_factor(step, steps, 0.0 if stage == "denoiser" else config.cooldown)  # stage 1 is gone on from
+        factor = lr_factor(step, steps, config.cooldown)
         for optimizer, lr in zip(optimizers, base_lrs):
             optimizer.param_groups[0]["lr"] = lr * factor
         prompt, x0 = batch_at(run, stage, step, batch_size)
