@@ -10,10 +10,10 @@ Every order uses the same generate(), the same canvas, the same EOS rule and the
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
 same denoiser trained on by stage 1's loss for as many network states), and the better of the two on
 test is its number, so that a rule cannot lose because the denoiser was bent towards the learned
-order. A budget is of steps on average. An order that needs all its steps is capped at it. An order whose knob is not
-given is tuned: for each checkpoint and budget, the knob and the cap (the budget or twice as much) of highest score
-among those that stay within the budget on average, all on validation items (ties: fewer steps); for the learned order the choice
-is between drawn gates and thresholds. Budget L is no cap for
+order. A budget is of steps on average. An order whose knob is not given, or that finishes early, is tuned: for each checkpoint
+and budget, the knob and the cap (the budget, one more or twice as much) of highest score among those that stay within the budget on
+average, all on validation items (ties: fewer steps); for the learned order the choice is between drawn gates and
+thresholds. Any other is capped at the budget. Budget L is no cap for
 adaptive rules, so there every knob of the sweep is reported. The score is --metric, accuracy or
 coherent, averaged over seeds; its Wilson 95 % interval is over items.
 
@@ -58,9 +58,9 @@ from model import MDM, load_checkpoint, pick_device, trim
 from orders import ORDERS, Order, parse_order
 from sample import generate, parse_steps, token_text
 
-EVERY_ORDER = ("learned,left_to_right,random,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
+EVERY_ORDER = ("learned,learned+finish,left_to_right,random,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
                "low_entropy,klass,oracle,confidence@8,confidence+eos_last,iid+eos_last,threshold+eos_last,factor+eos_last,"
-               "entropy_bound+eos_last,low_entropy+eos_last")
+               "entropy_bound+eos_last,low_entropy+eos_last,entropy_bound+finish,random+finish,left_to_right+finish")
 
 
 # --- statistics ------------------------------------------------------------------------------------
@@ -208,10 +208,10 @@ def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "ac
     }
 
 
-def tune(bench: Bench, order: Order, budget: int, metric: str) -> tuple[Order, int]:
+def tune(bench: Bench, order: Order, knobs, budget: int, metric: str) -> tuple[Order, int]:
     """The knob and the cap of highest score within `budget` steps on average; ties: fewer steps."""
-    rows = {}
-    for knob, cap in itertools.product(ORDERS[order.name].sweep, (budget, min(2 * budget, bench.model.config.answer_len))):
+    rows, L = {}, bench.model.config.answer_len
+    for knob, cap in itertools.product(knobs, dict.fromkeys(min(cap, L) for cap in (budget, budget + 1, 2 * budget))):
         row = evaluate(bench, replace(order, knob=knob), cap, metric=metric)
         if row["steps_mean"] <= budget:
             rows[replace(order, knob=knob), cap] = row["score"], -row["steps_mean"]
@@ -357,7 +357,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy against steps.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
     parser.add_argument("--control", default="out/control.pt", help="the control's checkpoint; empty: none")
-    parser.add_argument("--orders", default=EVERY_ORDER, help="comma-separated NAME[:KNOB][@BLOCK][+eos_last]")
+    parser.add_argument("--orders", default=EVERY_ORDER, help="comma-separated NAME[:KNOB][@BLOCK][+eos_last][+finish]")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="comma-separated budgets; L is the length of the canvas")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
     parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
@@ -442,10 +442,13 @@ def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[d
             if path == args.ckpt or parse_order(name).name != "learned"]
     for budget, name, path in tqdm(runs, disable=None, leave=False):
         order = parse_order(name)
-        choices = {name: (order, budget)}
-        if ORDERS[order.name].sweep and ":" not in name:  # a knob that is not given
-            sweep = [replace(order, knob=knob) for knob in ORDERS[order.name].sweep]
-            choices = {str(choice): (choice, longest) for choice in sweep} if budget == longest else {name: tune(tuning[path], order, budget, args.metric)}
+        knobs = ORDERS[order.name].sweep if ":" not in name and ORDERS[order.name].sweep else (order.knob,)
+        if budget == longest:
+            choices = {str(replace(order, knob=knob)): (replace(order, knob=knob), longest) for knob in knobs}
+        elif len(knobs) > 1 or order.finish:
+            choices = {name: tune(tuning[path], order, knobs, budget, args.metric)}
+        else:
+            choices = {name: (order, budget)}
         for asked, (choice, cap) in choices.items():
             draws = choice.name in ("iid", "random") or (choice.name == "learned" and not choice.knob)
             seeds = range(args.seeds if draws and budget > 1 else 1)

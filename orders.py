@@ -2,12 +2,14 @@
 
 sample.py asks an order at every step but the last, which reveals whatever is left. An order is named by
 
-    NAME[:KNOB][@BLOCK][+eos_last]      learned, learned:0.5, learned:0.5:0.999, confidence@8, threshold:0.9+eos_last
+    NAME[:KNOB][@BLOCK][+eos_last][+finish]     learned, learned:0.5+finish, confidence@8, threshold:0.9+eos_last
 
 KNOB      what an adaptive rule is tuned by; two knobs are written klass:0.9:0.01
 @BLOCK    positions in the leftmost unfinished block of this size come first (semi-autoregressive)
 +eos_last positions whose proposed token is EOS or PAD wait until nothing else is left: confidence
           likes the end of the canvas, and would spend its first steps on it
++finish   [NEW] reveals everything as soon as all that the order would leave is certain, c^i >= 0.99: certain tokens clash
+          with nothing, so an answer needs only as many steps as its uncertain ones
 
 Some rules reveal an even share of what is left and differ in their score; they need all T steps. `iid`
 draws when each position is revealed. The others are adaptive: they reveal what they find safe, at
@@ -90,14 +92,10 @@ def entropy_of(log_p):
 def learned(state: State):
     """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
     has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); gates before f are closed, gates
-    after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely.
-
-    [NEW] With a second knob also every position with c^i >= knob 2. A certain token clashes with no other, so it needs no
-    step of its own; the gates decide about the uncertain ones, and an answer is done as soon as all is certain."""
+    after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely."""
     logits = state.gate_logits.masked_fill(~state.front, -torch.inf)
     if state.knob:
-        certain = state.log_p.amax(-1).exp() >= state.knob[1] if len(state.knob) == 2 else False
-        return or_best((logits.sigmoid() > state.knob[0]) | certain, logits, state)
+        return or_best(logits.sigmoid() > state.knob[0], logits, state)
     log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u_first)[:, None]          # (B, 1)
@@ -196,7 +194,7 @@ class Rule(NamedTuple):
 
 
 ORDERS = {
-    "learned": Rule(learned, (), ((), (0.2,), (0.3,), (0.5,), (0.7,), *((alpha, c) for alpha in (0.3, 0.4, 0.5, 0.7) for c in (0.99, 0.999)))),
+    "learned": Rule(learned, (), ((), (0.2,), (0.3,), (0.4,), (0.5,), (0.6,), (0.7,))),
     "left_to_right": Rule(left_to_right),
     "random": Rule(random),
     "confidence": Rule(confidence),
@@ -212,6 +210,9 @@ ORDERS = {
 }
 
 
+CERTAIN = 0.99  # of +finish
+
+
 @dataclass(frozen=True)
 class Order:
     """An order and its options; str(order) is its name on the command line."""
@@ -219,10 +220,11 @@ class Order:
     knob: tuple = ()
     block: int = 10**9
     eos_last: bool = False
+    finish: bool = False
 
     def __str__(self):
         knobs, block = "".join(f":{k:.15g}" for k in self.knob), f"@{self.block}" * (self.block < 10**9)
-        return self.name + knobs + block + "+eos_last" * self.eos_last
+        return self.name + knobs + block + "+eos_last" * self.eos_last + "+finish" * self.finish
 
     def __call__(self, state: State, eos: int):
         """(B, L) bool: what to reveal now. eos: EOS is token V-2, PAD V-1."""
@@ -230,7 +232,11 @@ class Order:
         if self.eos_last:
             content = masked & (state.tokens < eos)
             masked = torch.where(content.any(-1, keepdim=True), content, masked)
-        return ORDERS[self.name].reveal(replace(state, masked=masked, knob=self.knob, block=self.block))
+        reveal = ORDERS[self.name].reveal(replace(state, masked=masked, knob=self.knob, block=self.block))
+        if self.finish:
+            settled = reveal | ~state.masked | (state.log_p.amax(-1).exp() >= CERTAIN)
+            reveal = reveal | (state.masked & settled.all(-1, keepdim=True))
+        return reveal
 
 
 def parse_order(text: str) -> Order:
@@ -241,7 +247,7 @@ def parse_order(text: str) -> Order:
         raise UserError(f"unknown order {text!r}: choose from {', '.join(ORDERS)}")
     rule = ORDERS[name]
     try:
-        match = re.fullmatch(r"\w+((?::[^:@]+?)*)(?:@(\d+))?(\+eos_last)?", text, re.ASCII)
+        match = re.fullmatch(r"\w+((?::[^:@]+?)*)(?:@(\d+))?(\+eos_last)?(\+finish)?", text, re.ASCII)
         if match is None:
             raise ValueError
         values, size = tuple(float(k) for k in match[1].split(":")[1:]) or rule.knob, int(match[2] or 10**9)
@@ -249,8 +255,8 @@ def parse_order(text: str) -> Order:
             raise ValueError
     except ValueError:
         example = ":".join([name, *(f"{k:g}" for k in rule.sweep[-1])]) if rule.sweep else name
-        raise UserError(f"cannot read order {text!r}: write it like {example}, {example}@8 or {example}+eos_last") from None
-    return Order(name, values, min(size, 10**9), bool(match[3]))
+        raise UserError(f"cannot read order {text!r}: write it like {example}, {example}@8, {example}+eos_last or {example}+finish") from None
+    return Order(name, values, min(size, 10**9), bool(match[3]), bool(match[4]))
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------

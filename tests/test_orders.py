@@ -21,7 +21,7 @@ from sample import generate
 V, EOS, PAD = 5, 3, 4
 CERTAIN = (1.0, 0.0, 0.0, 0.0, 0.0)
 VARIANTS = ["", "+eos_last", "@3", "@2+eos_last"]
-KNOBS = {"learned": [(), (0.3,), (0.6,), (0.6, 0.5), (0.8, 0.95)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
+KNOBS = {"learned": [(), (0.3,), (0.6,)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
          "entropy_bound": [(0.0,), (0.7,), (3.0,)], "low_entropy": [(0.3,), (1.0,), (1.4,)],
          "klass": [(0.1, 0.2), (0.5, 0.02), (0.5, 0.5)]}
 
@@ -166,11 +166,10 @@ def test_learned_is_eq_1_by_inverse_cdf(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_learned_with_knobs_opens_the_gates_above_the_first_and_what_is_certain_by_the_second_or_the_likeliest(variant):
+def test_learned_with_a_knob_opens_the_gates_above_it_or_the_likeliest(variant):
     for row, front, knob, found in cases_in_front("learned", variant):
         if knob:
-            certain = lambda i: len(knob) == 2 and max(row.p[i]) >= knob[1]
-            assert found == ([i for i in front if row.alpha[i] > knob[0] or certain(i)] or [max(front, key=lambda i: row.alpha[i])])
+            assert found == ([i for i in front if row.alpha[i] > knob[0]] or [max(front, key=lambda i: row.alpha[i])])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -354,6 +353,19 @@ def test_eos_last_holds_the_end_back(order, temperature):
     assert waits(held).all() and not waits(dead).all()
 
 
+@pytest.mark.parametrize("name", [*ORDERS, "learned:0.5", "confidence@2", "entropy+eos_last"])
+def test_finish_reveals_everything_once_all_that_would_be_left_is_certain(name):
+    finished = set()
+    for seed in range(150):
+        rows = random_rows(seed)
+        for row, plain, found in zip(rows, revealed(name, *rows), revealed(name + "+finish", *rows)):
+            masked = [i for i in range(len(row.p)) if row.masked[i]]
+            done = all(i in plain or max(row.p[i]) >= 0.99 for i in masked)
+            assert found == (masked if done else plain)
+            finished.add((done, found == plain))
+    assert (False, True) in finished and ((True, False) in finished or name in ("threshold", "factor", "entropy_bound", "low_entropy"))  # they leave nothing certain
+
+
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 def test_draw_matches_the_probabilities():
@@ -392,10 +404,10 @@ def test_names_survive_being_printed(name):
     odd = [(1e6,), (0.1234567,)] if len(rule.knob) == 1 else []
     for knob in {rule.knob, *rule.sweep, *odd}:
         for block in ("", "@1", "@8"):
-            for flag in ("", "+eos_last"):
+            for flag in ("", "+eos_last", "+finish", "+eos_last+finish"):
                 text = ":".join([name, *map(str, knob)]) + block + flag
                 order = parse_order(f" {text} ")
-                assert order == Order(name, knob, int(block[1:] or 10**9), flag != "") == parse_order(str(order))
+                assert order == Order(name, knob, int(block[1:] or 10**9), "eos" in flag, "finish" in flag) == parse_order(str(order))
 
 
 @pytest.mark.parametrize("text, printed", [
@@ -413,7 +425,7 @@ def test_an_unknown_name_is_told_the_known_ones(text):
 
 
 @pytest.mark.parametrize("text", [
-    "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5:1", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
+    "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5", "confidence+finish+eos_last", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
     "threshold:nan", "threshold:inf", "threshold:-inf", "threshold:-0.1", "klass:0.9:nan", "confidence@", "confidence@0",
     "confidence@-2", "confidence@x", "confidence@2.5", "confidence@4@8", "confidence@8:0.5", "confidence+", "confidence+eos",
     "confidence+eos_last+eos_last", "confidence+eos_last@8"])
@@ -423,4 +435,4 @@ def test_a_malformed_name_is_shown_a_good_one(text):
     message = str(error.value)
     assert message.startswith(f"cannot read order {text!r}: write it like ")
     examples = message.split("write it like ")[1].replace(" or ", ", ").split(", ")
-    assert len(examples) == 3 and all(parse_order(example) for example in examples)
+    assert len(examples) == 4 and all(parse_order(example) for example in examples)
