@@ -194,7 +194,7 @@ class Rule(NamedTuple):
 
 
 ORDERS = {
-    "learned": Rule(learned, (), ((), (0.2,), (0.3,), (0.4,), (0.5,), (0.6,), (0.7,))),
+    "learned": Rule(learned, (), ((), *((alpha,) for alpha in (0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)))),
     "left_to_right": Rule(left_to_right),
     "random": Rule(random),
     "confidence": Rule(confidence),
@@ -233,7 +233,7 @@ class Order:
             content = masked & (state.tokens < eos)
             masked = torch.where(content.any(-1, keepdim=True), content, masked)
         reveal = ORDERS[self.name].reveal(replace(state, masked=masked, knob=self.knob, block=self.block))
-        if self.finish:
+        if self.finish:  # [NEW] an answer needs as many steps as its uncertain tokens do
             settled = reveal | ~state.masked | (state.log_p.amax(-1).exp() >= CERTAIN)
             reveal = reveal | (state.masked & settled.all(-1, keepdim=True))
         return reveal

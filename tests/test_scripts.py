@@ -267,14 +267,6 @@ def test_changed_constants_cannot_be_resumed(trained):
         train.main(["--resume", "--out_dir", str(trained), "--tau", "0.3"])
 
 
-def test_the_readme_quotes_the_notation_and_lists_the_departures():
-    readme, notation = (ROOT / "README.md").read_text(), (ROOT / "posterior.py").read_text()
-    assert notation.split("\nNOTATION\n")[1].split("\nEND NOTATION")[0] in readme
-    marks = [line for script in ROOT.glob("*.py") for line in script.read_text().splitlines() if "# DEVIATION:" in line or "# [NEW]" in line]
-    listed = readme.split("## Departures")[1].split("\n## ")[0].count("\n- ")
-    assert len(marks) == listed
-
-
 def test_two_processes_train_as_one(tmp_path):
     """torchrun with 2 gloo processes against one process that computes both parts of each batch in turn: the same
     losses, bounds and weights within float error, in all three stages."""

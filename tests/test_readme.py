@@ -1,0 +1,65 @@
+"""What the README says: its commands run, its notation is the code's, its tables of files and departures are complete."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import bench
+import eval_gsm8k
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    """Every `python SCRIPT.py FLAGS` of the README, in its blocks and in its sentences."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", README, flags=re.S | re.M))
+    lines = [line for block in blocks for line in block.splitlines()] + [" ".join(span.split()) for span in spans]
+    return sorted({command.strip() for line in lines for command in re.findall(r"python (\w+\.py[^&#]*)", line)})
+
+
+def test_there_are_commands_of_every_script():
+    assert {command.split()[0] for command in commands()} == {"train.py", "sample.py", "eval_gsm8k.py", "bench.py"}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, capsys):
+    """In a shortened form: flags of a tiny run follow those of the README and win."""
+    shutil.copytree(straight, tmp_path / "out")
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    script, *flags = shlex.split(command)
+    tiny = {"sample.py": ["--ckpt", "out/ckpt.pt", "--num_samples", "1", "--gif", "a.gif"],
+            "eval_gsm8k.py": ["--ckpt", "out/ckpt.pt", "--control", "out/control.pt", "--limit", "2", "--tune_items", "2", "--steps", "1,2", "--json", "a.json"],
+            "bench.py": [*fast, "--rounds", "1", "--batches", "1", "--steps", "1,2", "--json", "b.json"],
+            "train.py": [*fast, "--out_dir", "new"]}[script]
+    if "--plot" in flags or "--resume" in flags:
+        tiny = []
+    if "--help" in flags:
+        with pytest.raises(SystemExit) as leave:
+            train.main(flags)
+        assert leave.value.code == 0
+    else:
+        {"sample.py": sample, "eval_gsm8k.py": eval_gsm8k, "bench.py": bench, "train.py": train}[script].main(flags + tiny)
+    assert capsys.readouterr().out
+
+
+def test_the_notation_is_that_of_the_code():
+    notation = (ROOT / "posterior.py").read_text()
+    assert notation.split("\nNOTATION\n")[1].split("\nEND NOTATION")[0] in README
+
+
+def test_every_departure_is_listed():
+    marks = [line for script in ROOT.glob("*.py") for line in script.read_text().splitlines() if "# DEVIATION:" in line or "# [NEW]" in line]
+    assert len(marks) == README.split("## Departures")[1].split("\n## ")[0].count("\n- ")
+
+
+def test_the_table_of_files_has_their_lengths():
+    table = dict(re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.M))
+    assert table == {script.name: str(len(script.read_text().splitlines())) for script in ROOT.glob("*.py")}
