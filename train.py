@@ -293,12 +293,12 @@ def batch_at(run: Run, stage: str, step: int, size: int):
     return trim(prompt, run.enc.n_vocab - 2).to(run.device), x0.to(run.device)
 
 
-def readable(logs: dict, x0, eos: int) -> dict:
-    """Logged tensors as numbers. The orders become the share of EOS and PAD among the positions that
+def readable(logs: dict, eos: int) -> dict:
+    """Logged tensors as numbers. The orders of the answers "x0" become the share of EOS and PAD among the positions that
     q reveals at each step it uses."""
     record = {name: value.item() for name, value in logs.items() if value.ndim == 0}
     if "reveal_step" in logs:
-        steps, filler = logs["reveal_step"], (x0 >= eos)[:, None].expand_as(logs["reveal_step"])
+        steps, filler = logs["reveal_step"], (logs["x0"] >= eos)[:, None].expand_as(logs["reveal_step"])
         record["eos_share"] = [round(filler[steps == t].float().mean().item(), 3) for t in range(1, int(steps.max()) + 1)]
     return record
 
@@ -441,6 +441,21 @@ def restore(resume: dict, run: Run, steps: int, modules: list[torch.nn.Module], 
 
 # --- the stages --------------------------------------------------------------------------------------------
 
+def backward(stage: str, run: Run, objective_of, step: int, steps: int, prompt, x0) -> dict:
+    """Gradients of a batch, part by part; its logs."""
+    config, mine, parts = run.config, range(run.rank, run.config.chunks, run.world), []
+    for i in mine:
+        generator = torch.Generator(run.device).manual_seed(seed_of(config.seed, stage, step * config.chunks + i))
+        part = prompt.tensor_split(config.chunks)[i], x0.tensor_split(config.chunks)[i]
+        with objective_of.no_sync() if run.world > 1 and i < mine[-1] else nullcontext():
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.autocast):
+                objective, logs = objective_of(*part, step / steps, generator)
+            loss = -objective / config.answer_len  # per token: the size of a cross-entropy
+            (loss / len(mine)).backward()
+        parts.append({**logs, "x0": part[1], "objective": objective.detach(), "stop": torch.tensor(float(run.stop), device=run.device)})
+    return mean_over_parts(parts, run)
+
+
 def train_stage(stage: str, run: Run, resume: dict | None):
     """Train one stage to its end, from its start or from a resume point, and write its checkpoint."""
     config, device, (steps, batch_size) = run.config, run.device, size_of(stage, run.config)
@@ -472,17 +487,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
         prompt, x0 = batch_at(run, stage, step, batch_size)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        mine, parts = range(run.rank, config.chunks, run.world), []
-        for i in mine:
-            generator = torch.Generator(device).manual_seed(seed_of(config.seed, stage, step * config.chunks + i))
-            with objective_of.no_sync() if run.world > 1 and i < mine[-1] else nullcontext():
-                part = prompt.tensor_split(config.chunks)[i], x0.tensor_split(config.chunks)[i]
-                with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
-                    objective, logs = objective_of(*part, step / steps, generator)
-                loss = -objective / config.answer_len  # per token: the size of a cross-entropy
-                (loss / len(mine)).backward()
-            parts.append({**logs, "objective": objective.detach(), "stop": torch.tensor(float(run.stop), device=device)})
-        logs = mean_over_parts(parts, run)
+        logs = backward(stage, run, objective_of, step, steps, prompt, x0)
         objective, stop = logs.pop("objective"), logs.pop("stop")
         grad = torch.nn.utils.clip_grad_norm_(params, 1.0)
         if fit_to_apply(stage, run, step, batch_size, counts, objective, grad, logs):
@@ -493,7 +498,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
         if done % config.log_every == 0 or done == steps:
             speed = {"grad": grad.item(), **report(counts), "lr_factor": factor, "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
             evaluated = validate(stage, run, model, posterior, done / steps) if done % config.eval_every == 0 or done == steps else {}
-            run.log({"stage": stage, "step": done, **readable(logs, part[1], model.config.eos), **speed, **evaluated})
+            run.log({"stage": stage, "step": done, **readable(logs, model.config.eos), **speed, **evaluated})
             tokens, since = 0, time.perf_counter()
         due = done % config.save_every == 0 or time.monotonic() - run.saved_at > 60 * config.save_minutes
         if due or done == steps or stop:
