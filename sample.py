@@ -182,7 +182,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
     parser.add_argument("--steps", default="4", help="step budget, or L, the length of the canvas")
-    parser.add_argument("--order", default="learned", help=f"NAME[:KNOB][@BLOCK][+eos_last][+finish], NAME one of {', '.join(name for name in ORDERS if name != 'oracle')}")
+    parser.add_argument("--order", default="learned:0.5+finish", help=f"NAME[:KNOB][@BLOCK][+eos_last][+finish], NAME one of {', '.join(name for name in ORDERS if name != 'oracle')}")
     parser.add_argument("--compare", help="several orders, comma-separated, side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
     parser.add_argument("--num_samples", type=int, default=3, help="validation questions, or samples of --prompt")
