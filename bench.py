@@ -49,7 +49,7 @@ from data import Split, UserError, build_tokenizer, cli
 from eval_gsm8k import versions, write_json
 from model import MDM, denoiser_elbo, load_checkpoint, pick_device, trim
 from sample import generate, parse_steps
-from train import STAGES, Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, size_of, stage_objective
+from train import Config, Run, batch_at, build_stage, parse_config, prepare, seed_of, size_of, stage_objective
 
 AT_LEAST = 0.3  # seconds that one measurement lasts, so that short jobs are called many times
 
@@ -268,7 +268,7 @@ def dry_run(config: Config):
     denoiser, posterior = found["order"]["parameters"]
     print(f"denoiser {denoiser:,} parameters, posterior {posterior:,}; {run.device}, {torch.get_num_threads()} threads, one process\n\n"
           f"{'stage':<9}{'steps':>7}{'examples':>10}{'states':>8}{'tokens':>9}{'GFLOP':>10}{'update':>9}{'seconds':>9}{'state MB':>10}{'activ. MB':>11}{'PFLOP':>9}  time")
-    for stage in STAGES:
+    for stage in config.stages.split(","):
         of, (steps, batch) = found[stage], size_of(stage, config)
         prompt, x0 = batch_at(run, stage, 0, batch)
         states, flops = batch * (1 + config.K if stage == "order" else 1), batch * of["flops"]

@@ -3,6 +3,7 @@
     python train.py                                        the toy task, minutes on 2 CPU cores
     python train.py --preset gsm8k --data_dir DIR          GSM8K's train.jsonl and test.jsonl
     python train.py --resume                               go on where a stopped run was saved
+    python train.py --stages order --out_dir DIR           the order stage alone, from DIR/denoiser.pt
     python train.py --preset gsm8k_aug --dry_run           what a run would take, found in a minute or two; writes nothing
     torchrun --nproc_per_node 2 train.py --chunks 2        the same batches by two processes
 
@@ -80,6 +81,7 @@ class Config:
     device: str = arg("auto", "auto, cpu, cuda or mps")
     dtype: str = arg("auto", "float32 or bfloat16 (autocast); auto: bfloat16 on CUDA")
     seed: int = arg(0, "of weights, data order and every draw")
+    stages: str = arg("denoiser,order,control", "which to train; what those left out have written is taken from out_dir")
     chunks: int = arg(1, "parts of a batch: computed in turn, or by as many processes of torchrun")
     resume: bool = arg(False, "continue from out_dir/resume.pt")
     # model
@@ -127,6 +129,8 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
+        if self.stages.split(",") != [stage for stage in STAGES if stage in self.stages.split(",")]:
+            raise UserError(f"--stages {self.stages}: want some of {','.join(STAGES)}, in this order")
         minimum = dict.fromkeys(("prompt_len", "answer_len", "n_layer", "n_head", "n_embd", "train_items", "batch_size", "T",
                                  "batch_size_order", "n_layer_posterior", "chunks", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
         most = {"n_layer": 1000, "n_layer_posterior": 1000, "K": 1000, "T": 10_000, "n_embd": 10**5, "prompt_len": 10**5, "answer_len": 10**5,
@@ -367,13 +371,16 @@ def size_of(stage: str, config: Config) -> tuple[int, int]:
 def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, OrderPosterior | None, list[torch.optim.Optimizer]]:
     """The networks that a stage trains, as they are before its first step, and their optimizers. `model`: what stage 1
     has left, where it is at hand; otherwise denoiser.pt."""
-    config, V = run.config, 256 + len(run.pieces) + 2
+    config = run.config
+    sizes = ModelConfig(256 + len(run.pieces) + 2, config.prompt_len, config.answer_len, config.n_layer, config.n_head, config.n_embd)
     torch.manual_seed(seed_of(config.seed, stage, "weights"))
     if stage == "denoiser":
-        model = MDM(ModelConfig(V, config.prompt_len, config.answer_len, config.n_layer, config.n_head, config.n_embd))
-        model.to(run.device)
+        model = MDM(sizes).to(run.device)
         return model, None, make_optimizers([model], config)
-    model = model or load_checkpoint(run.path("denoiser.pt"), run.device)[0]
+    if model is None:
+        model, state = load_checkpoint(run.path("denoiser.pt"), run.device)
+        if (model.config, state["pieces"]) != (sizes, run.pieces):
+            raise UserError(f"{run.path('denoiser.pt')} has other sizes or another tokenizer: pass the flags that it was trained with, or train it too")
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
@@ -514,31 +521,33 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 def summary(run: Run):
     """Scores on validation items: the learned order on its checkpoint, the rules on the control."""
     items = run.items["val"][: run.config.table_items]
+    benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], run.enc, items, run.config.target)
+               for name in ("ckpt.pt", "control.pt") if os.path.isfile(run.path(name))}
     print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
-    benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], run.enc, items, run.config.target) for name in ("ckpt.pt", "control.pt")}
     for name in ("learned", "learned:0.3", "learned:0.5+finish", "left_to_right", "confidence", "iid", "entropy_bound:0.1"):
         checkpoint = "ckpt.pt" if name.startswith("learned") else "control.pt"
-        for budget in (1, 2, 3, 4, 8, run.config.answer_len):
+        for budget in (1, 2, 3, 4, 8, run.config.answer_len) if checkpoint in benches else ():
             row = evaluate(benches[checkpoint], parse_order(name), budget, metric=score_of(run.config.dataset))
             print(format_row({"checkpoint": checkpoint, "budget": budget, **row}), flush=True)
 
 
-def before(line: str, resume: dict) -> bool:
-    """Was this line of the log written before the resume point? No, if a kill left only half of it."""
+def before(line: str, stage: str, step: int) -> bool:
+    """Was this line of the log written by then? No, if a kill left only half of it."""
     try:
         record = json.loads(line)
-        return (STAGES.index(record["stage"]), record["step"]) <= (STAGES.index(resume["stage"]), resume["step"])
+        return (STAGES.index(record["stage"]), record["step"]) <= (STAGES.index(stage), step)
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def start_log(run: Run, resume: dict | None):
-    """A new log, or the old one up to the resume point: what came after it will be written again."""
+    """The old log up to the resume point, or to the first stage that is trained: what came after it will be written again."""
     path, old, lines = run.path("log.jsonl"), run.path("resume.pt"), []
+    begin = (resume["stage"], resume["step"]) if resume else (run.config.stages.split(",")[0], 0)
     try:
-        if resume and os.path.isfile(path):
-            lines = [line for line in path.read_text(errors="replace").split("\n") if before(line, resume)]
-        elif not resume and os.path.isfile(old):  # a later --resume must not take it for this run's
+        if os.path.isfile(path):
+            lines = [line for line in path.read_text(errors="replace").split("\n") if before(line, *begin)]
+        if not resume and os.path.isfile(old):  # a later --resume must not take it for this run's
             old.replace(run.path("resume.old.pt"))
             print("the resume point of an earlier run is now resume.old.pt")
     except OSError as e:
@@ -568,7 +577,7 @@ def main(argv=None):
         start_log(run, resume)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True))
     try:
-        for stage in STAGES:
+        for stage in config.stages.split(","):
             if not resume or STAGES.index(stage) >= STAGES.index(resume["stage"]):
                 train_stage(stage, run, resume if resume and resume["stage"] == stage else None)
     finally:

@@ -262,6 +262,16 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, message):
     assert len([line for line in err.splitlines() if "error:" in line]) == 1
 
 
+def test_stages_trained_one_by_one_are_those_of_a_whole_run(trained, tmp_path, capsys):
+    for stages in ("denoiser", "order", "control"):
+        train.main([*TINY, "--out_dir", str(tmp_path), "--stages", stages])
+    for name in ("denoiser.pt", "ckpt.pt", "control.pt"):
+        assert all(map(torch.equal, weights(tmp_path / name), weights(trained / name)))
+    assert log(tmp_path) == log(trained)
+    with pytest.raises(UserError, match="denoiser.pt has other sizes"):
+        train.main([*TINY, "--out_dir", str(tmp_path), "--stages", "order", "--n_embd", "32"])
+
+
 def test_changed_constants_cannot_be_resumed(trained):
     with pytest.raises(UserError, match="leave out --tau"):
         train.main(["--resume", "--out_dir", str(trained), "--tau", "0.3"])
