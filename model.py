@@ -11,15 +11,17 @@ steps in sampling. (With the answer visible to the prompt, stage 1 of the toy en
 bound of -3.8 against -3.9 after 2,400 steps, seed 0, and a step of the order stage took 1.3 times as long.)
 
 The state is its own clock: the number of masks says how far generation has come, so no time is fed
-to the network. MASK (id V) can be read but not written: the token head has only V outputs.
+to the network; nor is the number of steps left (tried, see the README). MASK (id V) can be read but
+not written: the token head has only V outputs.
 
 Stage 1 trains the token head with the usual masked-diffusion bound. Masking each position with
 probability t, t ~ U(0, 1),
 
     log p(x0 | c)  >=  E_t E_z  (1/t) sum_{i masked} log p(x0^i | z)          (MDLM, LLaDA)
 
-which is the bound for generating in a uniformly random order. posterior.py replaces the random
-order by a learned one.
+where 1/t makes up for the t L positions that are masked on average. Each position is as likely to
+be written at any time, before or after any other, so this is the bound for a uniformly random
+order. posterior.py replaces it by a learned one.
 
 Positions enter twice: rotary embedding tells attention how far apart two tokens are, a learned
 embedding tells each token its place, because what belongs at place 20 of a canvas often depends on
@@ -113,7 +115,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding and blocks, shared in kind by the denoiser and the order posterior."""
+    """Embedding and blocks. Denoiser and order posterior have one each, with weights of their own."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -13,7 +13,7 @@ NOTATION
   M        the masked positions of z_t
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
   alpha^i  p's probability of opening gate i (never a noise schedule, as in some papers)
-  q_t^i    q's probability of opening gate i
+  q_t^i    q's probability of opening gate i, given x0 and c; s^i is its score of position i, tau a temperature
 
   Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i) / (1 - prod_{i in M} (1 - alpha^i)),  r_t != 0;  r_T = 1
   Eq. 2  tokens      p(x^i | z_t) for every position revealed at t, independently; MASK has probability 0
@@ -24,26 +24,28 @@ NOTATION
   Eq. 7  score term  (L_t^k - mean_{k' != k} L_t^k') sum_{u<t} log q(r_u^k | z_u^k), the bracket held constant
 END NOTATION
 
-Why Eq. 3 works. The best remaining position has q = 1, so every step reveals at least one token and
-no step is wasted. Score gaps that are large against tau make an order, small gaps make parallelism. The scores
-come from one look at x0, so whole orders are sampled without calling a network again.
+Why Eq. 3 works. The best remaining position has q = 1, so while anything is masked every step reveals at
+least one token and none is wasted. Score gaps that are large against tau make an order, small gaps make
+parallelism. The scores come from one look at x0, so whole orders are sampled without calling a network
+again.
 
-Why Eq. 5 is what it is. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t.
-It is linear in each r_t^i (q's gates are independent), so its expectation over r_t has a closed form:
-replace r_t^i by q_t^i. This is Rao-Blackwellisation: the noise of the gates at step t is gone from
-L_t, and only the noise in *which states are visited* is left. The second term of Eq. 6 is negative:
-q puts no mass on "no gate opens", so p is not charged for ruling it out.
+Why Eq. 5 is what it is. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t. Apart
+from p's normaliser, which is a constant, it is a sum over positions (q's gates are independent), linear in
+each r_t^i, so its expectation over r_t has a closed form: replace r_t^i by q_t^i. This is Rao-
+Blackwellisation: the noise of the gates at step t is gone from L_t, and only the noise in *which states are
+visited* is left. The second term of Eq. 6 is negative: p rules out "no gate opens" too, so everything that
+q can draw has more probability than the bare Bernoullis give it. Where nothing is masked any more, L_t = 0.
 
-Why Eq. 7 is needed. q_t^i inside L_t gives one part of the gradient for q by plain autograd. The
-other part: moving q also moves the states z_t that later steps see. L_t depends on the gates of the
-steps before t only, hence sum_{u<t}. The mean over the *other* orders of the same example is a
-baseline (leave-one-out, RLOO): independent of order k, so it costs no bias, and it removes what the
-orders of an example have in common, tens of nats early in training.
+Why Eq. 7 is needed. q_t^i inside L_t gives one part of the gradient for q by plain autograd. The other
+part: moving q also moves the states z_t that later steps see. L_t depends on the gates of the steps before
+t only, hence sum_{u<t}. The mean over the *other* orders of the same example is a baseline (leave-one-out,
+RLOO): independent of order k, so it costs no bias, and it removes what the orders of an example have in
+common, tens of nats early in training.
 
-Cost. Summing over t needs T forward passes per order. But before step 1 everything is masked, whatever
-the order, so one pass gives L_1 exactly. For the rest one step t of 2..T is drawn per example, shared
-by its K orders so that the baseline compares like with like, and (T - 1) L_t estimates their sum:
-1 + K network states per example. The score term is charged where L_t is: L_1 does not depend on q's draws.
+Cost. Summing over t needs T forward passes per order. But before step 1 everything is masked, whatever the
+order, so one pass gives L_1 exactly. For the rest one step t of 2..T is drawn per example, shared by its K
+orders so that the baseline compares like with like, and (T - 1) L_t estimates their sum: 1 + K network
+states per example. Only the later step needs a score term: L_1 does not depend on q's draws.
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -62,7 +64,7 @@ class OrderPosterior(nn.Module):
         super().__init__()
         self.trunk = Trunk(config)
         self.score_head = nn.Linear(config.n_embd, 1, bias=False)
-        nn.init.normal_(self.score_head.weight, std=0.01)  # nearly equal scores: nothing decided yet
+        nn.init.normal_(self.score_head.weight, std=0.01)  # scores spread by about tau: gates soft, not all open
 
     def forward(self, prompt, x0):
         """prompt (B, P'), x0 (B, L) -> scores s (B, L), float32."""
@@ -75,7 +77,7 @@ class OrderPosterior(nn.Module):
 def log_gate_probs(s, masked, last, tau: float):
     """Eq. 3: log q_t^i (..., L). Where there is nothing to decide (position already revealed, or
     the last step) it is 0, that is q = 1. `masked` (..., L) bool, `last` bool broadcastable to it."""
-    top = s.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)         # max over M
+    top = s.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)         # max over M; -inf where M is empty
     return ((s - top) / tau).masked_fill(~masked | last, 0.0)
 
 
@@ -161,7 +163,7 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     K = reveal_step.shape[1]
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)        # (B, 1+K)
     last = (step == T)[..., None]                                                           # (B, 1+K, 1)
-    masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]         # (B, 1+K, L)
+    masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]         # (B, 1+K, L), all True in column 0
     x0_k = x0[:, None].expand_as(masked)
     z = x0_k.masked_fill(masked, model.config.mask)
 
