@@ -100,8 +100,8 @@ class Config:
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
     max_steps_order: int = arg(1400, "optimizer steps of the order stage, and of the control")
-    batch_size_order: int = arg(16, "examples per step of the order stage")
-    K: int = arg(3, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
+    batch_size_order: int = arg(9, "examples per step of the order stage")
+    K: int = arg(6, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.1, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.03, "and at its end")
@@ -157,7 +157,7 @@ PRESETS = {
     "toy": {},
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards: no fixed direction is right
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
-                  max_steps_denoiser=2700, max_steps_order=500, batch_size_order=8, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
+                  max_steps_denoiser=2700, max_steps_order=500, batch_size_order=8, K=3, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
                   lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, eval_items=128, table_items=32),
     # 16M parameters, for minutes of a GPU.
     "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, batch_size=128, max_steps_denoiser=6000,
