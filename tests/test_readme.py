@@ -38,7 +38,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     tiny = {"sample.py": ["--ckpt", "out/ckpt.pt", "--num_samples", "1", "--gif", "a.gif"],
             "eval_gsm8k.py": ["--ckpt", "out/ckpt.pt", "--control", "out/control.pt", "--limit", "2", "--tune_items", "2", "--steps", "1,2", "--json", "a.json"],
             "bench.py": [*fast, "--rounds", "1", "--batches", "1", "--steps", "1,2", "--json", "b.json"],
-            "train.py": [*fast, "--out_dir", "new"]}[script]
+            "train.py": [*fast, "--out_dir", "out"]}[script]
     if "--plot" in flags or "--resume" in flags:
         tiny = []
     if "--help" in flags:
