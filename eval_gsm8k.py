@@ -303,7 +303,7 @@ def plot_curve(result: dict, path: Path):
     axes.axhline(100 * mean_of(longest, "score"), color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest[0]['budget']} steps")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="best")
     figure.savefig(path, dpi=150)
 
 
