@@ -34,7 +34,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     shutil.copytree(straight, tmp_path / "out")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
-    script, *flags = shlex.split(command)
+    script, *flags = [fast[-1] if word == "DIR" else word for word in shlex.split(command)]  # the folder of its data
     tiny = {"sample.py": ["--ckpt", "out/ckpt.pt", "--num_samples", "1", "--gif", "a.gif"],
             "eval_gsm8k.py": ["--ckpt", "out/ckpt.pt", "--control", "out/control.pt", "--limit", "2", "--tune_items", "2", "--steps", "1,2", "--json", "a.json"],
             "bench.py": [*fast, "--rounds", "1", "--batches", "1", "--steps", "1,2", "--json", "b.json"],
