@@ -175,7 +175,7 @@ class MDM(nn.Module):
         self.gate_head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.token_head.weight)
         nn.init.zeros_(self.gate_head.weight)
-        nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 before anything is learned
+        nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 until the order stage
 
     def read(self, prompt):
         return self.trunk.read(prompt)

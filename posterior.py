@@ -47,6 +47,11 @@ order, so one pass gives L_1 exactly. For the rest one step t of 2..T is drawn p
 orders so that the baseline compares like with like, and (T - 1) L_t estimates their sum: 1 + K network
 states per example. Only the later step needs a score term: L_1 does not depend on q's draws.
 
+Ties. Two tokens that stand in either order (the operands of 3 + 4) must not be revealed together, but which comes
+first is all the same. So q has a saddle: equal scores, and chance decides, sometimes for both. A rule that goes by what
+the tokens are (the larger first) is of no use, since p cannot predict it and the KL wears it down; only a rule that
+goes by where they stand survives. Which one, p says: its gates start at random (train.py), and the KL pulls q after them.
+
 The numbering is ours: see the README on what of the paper was available to us.
 """
 
@@ -169,7 +174,10 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
 
     h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, 1 + K))                            # (B, 1+K, L, D)
     log_q = log_gate_probs(s[:, None], masked, last, tau)
-    recon, kl = step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last)
+    # [NEW] kl_weight spares q only: dividing the gates' gradient by it (their value stays) trains p's gates at full weight.
+    gates = model.gate_logits(h)
+    gates = torch.lerp(gates.detach(), gates, 1 / kl_weight)
+    recon, kl = step_terms(log_p_of(model, h, x0_k, masked), gates, log_q, masked, last)
     step_elbo = recon - kl_weight * kl                                      # Eq. 5: L_1, L_t^1 .. L_t^K
 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is a

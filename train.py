@@ -100,8 +100,8 @@ class Config:
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
     max_steps_order: int = arg(1400, "optimizer steps of the order stage, and of the control")
-    batch_size_order: int = arg(9, "examples per step of the order stage")
-    K: int = arg(6, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
+    batch_size_order: int = arg(16, "examples per step of the order stage")
+    K: int = arg(3, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.1, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.03, "and at its end")
@@ -157,7 +157,7 @@ PRESETS = {
     "toy": {},
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards: no fixed direction is right
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
-                  max_steps_denoiser=2700, max_steps_order=500, batch_size_order=8, K=3, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
+                  max_steps_denoiser=2700, max_steps_order=500, batch_size_order=8, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
                   lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, eval_items=128, table_items=32),
     # 16M parameters, for minutes of a GPU.
     "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, batch_size=128, max_steps_denoiser=6000,
@@ -314,7 +314,7 @@ def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior 
     if stage != "order":
         elbo = denoiser_elbo(model, prompt, x0, generator).mean()
         return elbo, {"elbo": elbo.detach()}
-    # [NEW] the KL weight grows over the first kl_ramp of the stage: q settles before p has to pay for following it.
+    # [NEW] the KL weight grows over the first kl_ramp of the stage: q looks around before it has to be predictable.
     kl_weight = min(1.0, 0.1 + 0.9 * progress / config.kl_ramp) if config.kl_ramp > 0 else 1.0
     # [NEW] tau falls: at first many orders are tried, in the end q means one. While its gates are soft, some of step t's
     # positions are left for step t+1, and no order can rely on that step for what has to wait.
@@ -384,6 +384,8 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
+    # [NEW] Gates that differ at random by what stands where: something for q to lean to (posterior.py, "Ties").
+    torch.nn.init.normal_(model.gate_head.weight, std=0.15)
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
     return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)
