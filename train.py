@@ -385,7 +385,7 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
     # [NEW] Gates that differ at random by what stands where: something for q to lean to (posterior.py, "Ties").
-    torch.nn.init.normal_(model.gate_head.weight, std=0.15)
+    torch.nn.init.normal_(model.gate_head.weight, std=0.08)
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
     return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)

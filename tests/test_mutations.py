@@ -78,6 +78,7 @@ EQUALS_KNOB = ("test_what_equals_the_knob",)
 EOS_LAST = ("test_eos_last_holds_the_end_back", "confidence", 1.0)
 RARE = ("test_draw_reaches_tokens_rarer_than_float32_can_add_up", 1)
 
+KL_WEIGHT = ("test_kl_weight_spares_q_only",)
 OBJECTIVE = "objective = all_steps(step_elbo) + (T - 1) * surrogate.mean()"
 BASELINE = "(value - value.mean(1, keepdim=True)) * K / (K - 1)"
 LOG_ALPHAS = "F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)"
@@ -86,6 +87,8 @@ MUTATIONS = {
     # what is broken: (file, line, broken line, the test that must go red)
     "score term's sign": ("posterior.py", "advantage * log_q_before(", "-advantage * log_q_before(", GRADIENT),
     "KL's sign": ("posterior.py", "recon - kl_weight * kl ", "recon + kl_weight * kl ", GRADIENT),
+    "gates learn at the KL's weight": ("posterior.py", "    gates = torch.lerp(gates.detach(), gates, 1 / kl_weight)\n", "", KL_WEIGHT),
+    "the KL at full weight": ("posterior.py", "recon - kl_weight * kl ", "recon - kl ", KL_WEIGHT),
     "no score term": ("posterior.py", OBJECTIVE, "objective = all_steps(step_elbo)", GRADIENT),
     "no pathwise term": ("posterior.py", OBJECTIVE, "objective = all_steps(step_elbo.detach()) + (T - 1) * surrogate.mean()", GRADIENT),
     "advantage not detached": ("posterior.py", "leave_one_out(step_elbo[:, 1:].detach())", "leave_one_out(step_elbo[:, 1:])", GRADIENT),

@@ -342,6 +342,18 @@ def test_a_batch_is_the_mean_of_its_rows():
         assert (a - b).abs().max() < 1e-12
 
 
+def test_kl_weight_spares_q_only():
+    """theta gets the gradient of the whole bound whatever the weight; phi that of recon - kl_weight * kl, linear in it."""
+    T, model, s = 3, TableModel(), scores()
+    def gradient(kl_weight):
+        objective, _ = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([X0[3]]),
+                                              torch.tensor([[(1, 2, 3), (2, 1, 1)]]), torch.tensor([2]), T=T, tau=TAU, kl_weight=kl_weight)
+        return torch.autograd.grad(objective, (model.table, s))
+    (theta, phi), (theta_half, phi_half), (theta_tenth, phi_tenth) = gradient(1.0), gradient(0.5), gradient(0.1)
+    assert (theta - theta_half).abs().max() < 1e-12 and (theta - theta_tenth).abs().max() < 1e-12
+    assert (phi_tenth + (phi - phi_tenth) * 4 / 9 - phi_half).abs().max() < 1e-12 and (phi - phi_half).abs().max() > 1e-3
+
+
 class ScoreTable(torch.nn.Module):
     def __init__(self, s):
         super().__init__()

@@ -214,6 +214,15 @@ def test_wilson_interval():
     assert eval_gsm8k.wilson(0, 10)[0] == 0 and eval_gsm8k.wilson(1, 10)[1] == pytest.approx(1)
 
 
+def test_the_order_stage_starts_with_gates_that_differ(tmp_path):
+    config = train.parse_config([*TINY, "--out_dir", str(tmp_path)])
+    run = train.prepare(config)
+    model = train.build_stage("denoiser", run)[0]
+    assert model.gate_head.weight.abs().max() == 0
+    weight = train.build_stage("order", run, model)[0].gate_head.weight
+    assert 0.05 < weight.std() < 0.11
+
+
 def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
     train.main([*TINY, "--out_dir", str(tmp_path), "--freeze_denoiser"])
     before, after = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("denoiser.pt", "ckpt.pt"))
