@@ -11,7 +11,7 @@ KNOB      what an adaptive rule is tuned by; two knobs are written klass:0.9:0.0
 +finish   [NEW] reveals everything as soon as all that the order would leave is certain, c^i >= 0.99: certain tokens clash
           with nothing, so an answer needs only as many steps as its uncertain ones
 
-Some rules reveal an even share of what is left and differ in their score; they need all T steps. `iid`
+Some rules reveal an even share of what is left and differ in their score; without +finish they need all T steps. `iid`
 draws when each position is revealed. The others are adaptive: they reveal what they find safe, at
 least one position, and are done when they are done. For every rule: it reveals some of the positions it may choose from and never
 none; ties go to the leftmost; a row's choice depends on nothing but the row.

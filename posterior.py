@@ -25,7 +25,7 @@ NOTATION
 END NOTATION
 
 Why Eq. 3 works. The best remaining position has q = 1, so while anything is masked every step reveals at
-least one token and none is wasted. Score gaps that are large against tau make an order, small gaps make
+least one token: no step is wasted. Score gaps that are large against tau make an order, small gaps make
 parallelism. The scores come from one look at x0, so whole orders are sampled without calling a network
 again.
 
@@ -47,10 +47,11 @@ order, so one pass gives L_1 exactly. For the rest one step t of 2..T is drawn p
 orders so that the baseline compares like with like, and (T - 1) L_t estimates their sum: 1 + K network
 states per example. Only the later step needs a score term: L_1 does not depend on q's draws.
 
-Ties. Two tokens that stand in either order (the operands of 3 + 4) must not be revealed together, but which comes
-first is all the same. So q has a saddle: equal scores, and chance decides, sometimes for both. A rule that goes by what
-the tokens are (the larger first) is of no use, since p cannot predict it and the KL wears it down; only a rule that
-goes by where they stand survives. Which one, p says: its gates start at random (train.py), and the KL pulls q after them.
+Ties. Two tokens that may stand in either order (the operands of 3 + 4) must not be revealed together, but which comes
+first is all the same: at equal scores the bound has no slope in their difference, though a difference of either sign is
+better. q can sit on that saddle. Going by values (the larger one first) does not lead off it: while both are masked p
+cannot know which place holds which, so the KL wears such a rule down; a rule by place survives. So p gets one to begin
+with, gates that start at random (train.py), and learns them at full weight while q's KL is still weighted down.
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -162,7 +163,7 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     """Eq. 5-7 at step 1 and at the states that step t (B,) in 2..T of the orders reveal_step (B, K, L) starts from.
 
     Returns the objective to maximise (scalar) and a dict of detached tensors: `elbo`, `recon`, `kl`
-    in nats per answer (kl_weight not applied), `q_entropy` of the gates in nats per step, `q_steps`
+    in nats per answer (kl_weight not applied; it weights the KL in q's gradient only), `q_entropy` of the gates in nats per step, `q_steps`
     used by the orders, `reveal_step`."""
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     K = reveal_step.shape[1]
@@ -174,7 +175,7 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
 
     h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, 1 + K))                            # (B, 1+K, L, D)
     log_q = log_gate_probs(s[:, None], masked, last, tau)
-    # [NEW] kl_weight spares q only: dividing the gates' gradient by it (their value stays) trains p's gates at full weight.
+    # [NEW] q maximises recon - kl_weight * kl, p recon - kl: the gates keep their value, their gradient is divided by kl_weight.
     gates = model.gate_logits(h)
     gates = torch.lerp(gates.detach(), gates, 1 / kl_weight)
     recon, kl = step_terms(log_p_of(model, h, x0_k, masked), gates, log_q, masked, last)

@@ -316,8 +316,8 @@ def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior 
         return elbo, {"elbo": elbo.detach()}
     # [NEW] the KL weight grows over the first kl_ramp of the stage: q looks around before it has to be predictable.
     kl_weight = min(1.0, 0.1 + 0.9 * progress / config.kl_ramp) if config.kl_ramp > 0 else 1.0
-    # [NEW] tau falls: at first many orders are tried, in the end q means one. While its gates are soft, some of step t's
-    # positions are left for step t+1, and no order can rely on that step for what has to wait.
+    # [NEW] tau falls: at first many orders are tried, in the end nearly one. While gates are soft, chance leaves some of step
+    # t's positions to step t+1, among those that were meant to wait for them.
     tau = config.tau * (config.tau_end / config.tau) ** progress
     objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=tau,
                                       kl_weight=kl_weight, generator=generator)
@@ -384,7 +384,7 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
-    # [NEW] Gates that differ at random by what stands where: something for q to lean to (posterior.py, "Ties").
+    # [NEW] Gates that differ at random from place to place: a rule for q to lean to (posterior.py, "Ties").
     torch.nn.init.normal_(model.gate_head.weight, std=0.08)
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
