@@ -11,8 +11,8 @@ steps in sampling. (With the answer visible to the prompt, stage 1 of the toy en
 bound of -3.8 against -3.9 after 2,400 steps, seed 0, and a step of the order stage took 1.3 times as long.)
 
 The state is its own clock: the number of masks says how far generation has come, so no time is fed
-to the network; nor is the number of steps left (tried, see assets/experiments.md). MASK (id V) can be read but
-not written: the token head has only V outputs.
+to the network; nor is the number of steps left (tried, see assets/experiments.md). MASK (id V) can be
+read but not written: the token head has only V outputs.
 
 Stage 1 trains the token head with the usual masked-diffusion bound. Masking each position with
 probability t, t ~ U(0, 1),

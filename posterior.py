@@ -163,8 +163,8 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     """Eq. 5-7 at step 1 and at the states that step t (B,) in 2..T of the orders reveal_step (B, K, L) starts from.
 
     Returns the objective to maximise (scalar) and a dict of detached tensors: `elbo`, `recon`, `kl`
-    in nats per answer (kl_weight not applied; it weights the KL in q's gradient only), `q_entropy` of the gates in nats per step, `q_steps`
-    used by the orders, `reveal_step`."""
+    in nats per answer (kl_weight not applied), `q_entropy` of the gates in nats per step, `q_steps`
+    used by the orders, `reveal_step`. kl_weight > 0 weights the KL in q's gradient, not in p's."""
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     K = reveal_step.shape[1]
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)        # (B, 1+K)

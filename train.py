@@ -23,9 +23,9 @@ changes nothing. Files are replaced, not overwritten: whenever a run is killed, 
 The log, and what healthy looks like (bounds and kl in nats per answer):
     val            bound on log p(x0 | c), validation items: rises, flattens; the order stage begins
                    far below where stage 1 ended, because q's gates are charged too, and climbs back
-    elbo, recon, kl   the training batch's bound = recon - kl. kl falls from tens to about 1: p has
+    elbo, recon, kl   the training batch's bound = recon - kl. kl falls from about ten to well below 1: p has
                    learned to predict q's order. kl near 0 at once, with q_steps near 1, is collapse;
-                   kl that stays high with q_entropy below 1 from the start is an order frozen too early
+                   q_entropy below 1 within some 200 steps, with recon low, is an order frozen too early
     q_entropy      of q's gates, nats per step; slowly falls
     q_steps        steps used under q, at most T. Falling to 1: collapse; try a smaller --tau, then a
                    longer --kl_ramp. A frozen order: a smaller --lr_scale_posterior, or a larger --tau
