@@ -24,6 +24,8 @@ coherent    accurate, and no <<a=b>> is false or broken: did the parallel steps 
 steps       forward passes while a row was unfinished: mean (least - most) over rows
 flexible    right if the last number anywhere is; harness: as lm-evaluation-harness' strict-match counts
 format      share of answers without a number after `####`
+nats        with --likelihood: mean log p(true answer) of the sampler that takes this order and draws its tokens from p, over
+            the items that fit, exact for orders that don't draw; for others a mean over orders, gates not charged
 equations   share of the generated <<a=b>> that are true, of those that can be read
 answers/s   at --batch_size; tokens/s in the JSON count the answer up to EOS
 p           of the learned order against the rule of highest score among those with no more mean steps,
@@ -170,7 +172,7 @@ class Bench:
         self.first_seconds = time.perf_counter() - start
 
 
-def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "accuracy") -> dict:
+def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "accuracy", likelihood: bool = False) -> dict:
     """`order` with at most `cap` steps; "score", "ci95" and "correct" are those of `metric`. Item i draws from
     seed * 1e6 + i, so that a row does not depend on the batch size. Seconds are those of one seed and include
     the shared first step."""
@@ -181,6 +183,8 @@ def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "ac
             generated += zip([seed] * len(rows), rows, out.tokens.tolist(), out.steps.tolist(), out.reveal_step.tolist())
     seconds = (time.perf_counter() - start) / len(seeds) + bench.first_seconds
 
+    nats = [nats for rows, prompt, x0, first in bench.batches if likelihood for nats in
+            generate(bench.model, prompt, cap, order, seeds=rows, x0=x0, forced=True, first=first).log_p.tolist()]
     n, right = len(bench.items), np.zeros((len(seeds), len(bench.items)), dtype=bool)
     counts, kind_steps, filler, n_tokens = defaultdict(int), defaultdict(list), defaultdict(list), 0
     for seed, i, tokens, _, reveal_step in generated:
@@ -198,7 +202,7 @@ def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "ac
         "order": str(order), "cap": cap, "n": n, "does_not_fit": n - len(bench.fitting), **share,
         "score": share[metric], "ci95": wilson(share[metric], n), "score_by_seed": right.mean(1).tolist(),
         "steps_mean": mean(steps), "steps_min": min(steps), "steps_max": max(steps),
-        "equations_true": counts["true"] / max(counts["equations"], 1), "seconds": seconds,
+        **({"nats": mean(nats)} if nats else {}), "equations_true": counts["true"] / max(counts["equations"], 1), "seconds": seconds,
         "answers_per_s": len(bench.fitting) / seconds, "tokens_per_s": n_tokens / len(seeds) / seconds,
         "eos_share": [round(mean(filler[t]), 4) for t in sorted(filler)],
         "kind_steps": {kind: round(mean(values), 3) for kind, values in sorted(kind_steps.items())},
@@ -221,7 +225,7 @@ def tune(bench: Bench, order: Order, knobs, budget: int, metric: str) -> tuple[O
 # --- the table -----------------------------------------------------------------------------------------
 
 HEADER = (f"{'order':<28}{'denoiser':<9}{'budget':>6}{'steps':>7}{'min-max':>9}{'score':>7}{'95 %':>14}{'accuracy':>10}{'coherent':>10}"
-          f"{'flexible':>10}{'harness':>9}{'format':>8}{'equations':>11}{'answers/s':>11}")
+          f"{'flexible':>10}{'harness':>9}{'format':>8}{'equations':>11}{'nats':>8}{'answers/s':>11}")
 
 
 def format_row(row: dict) -> str:
@@ -230,7 +234,7 @@ def format_row(row: dict) -> str:
     return (f"{row['order']:<28}{Path(row['checkpoint']).stem:<9}{row['budget']:>6}{row['steps_mean']:>7.2f}"
             f"{row['steps_min']:>5}-{row['steps_max']:<3}{100 * row['score']:>7.1f}{100 * low:>8.1f} -{100 * high:>5.1f}"
             f"{100 * row['accuracy']:>9.1f}{100 * row['coherent']:>10.1f}{100 * row['flexible']:>10.1f}{100 * row['harness']:>9.1f}"
-            f"{100 * row['format_failures']:>8.1f}{100 * row['equations_true']:>11.1f}{row['answers_per_s']:>11.0f}{p}")
+            f"{100 * row['format_failures']:>8.1f}{100 * row['equations_true']:>11.1f}{format(row['nats'], '.2f') if 'nats' in row else '-':>8}{row['answers_per_s']:>11.0f}{p}")
 
 
 def is_rule(row: dict) -> bool:
@@ -365,6 +369,7 @@ def parse_args(argv) -> argparse.Namespace:
                         help="the score: what knobs are chosen for and figures show (coherent for the toy, accuracy for GSM8K)")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="what is reported; knobs are chosen on val")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of the orders that draw")
+    parser.add_argument("--likelihood", action="store_true", help="also the true answers' likelihood along each order; twice the time")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--data_dir", help="where the GSM8K files are, if not where training found them")
     parser.add_argument("--json", default="out/eval.json", help="where to write the results; figures go beside it")
@@ -452,7 +457,7 @@ def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[d
         for asked, (choice, cap) in choices.items():
             draws = choice.name in ("iid", "random") or (choice.name == "learned" and not choice.knob)
             seeds = range(args.seeds if draws and budget > 1 else 1)
-            rows.append({"checkpoint": path, "asked": asked, "budget": budget, **evaluate(benches[path], choice, cap, seeds, args.metric)})
+            rows.append({"checkpoint": path, "asked": asked, "budget": budget, **evaluate(benches[path], choice, cap, seeds, args.metric, args.likelihood)})
     compare(rows)
     return rows
 

@@ -2,9 +2,9 @@
 
 sample.py asks an order at every step but the last, which reveals whatever is left. An order is named by
 
-    NAME[:KNOB][@BLOCK][+eos_last][+finish]     learned, learned:0.5+finish, confidence@8, threshold:0.9+eos_last
+    NAME[:KNOB][@BLOCK][+eos_last][+finish]     learned, learned:0.5:0.75+finish, confidence@8, threshold:0.9+eos_last
 
-KNOB      what an adaptive rule is tuned by; two knobs are written klass:0.9:0.01
+KNOB      what an adaptive order is tuned by; two knobs are written learned:0.5:0.75
 @BLOCK    positions in the leftmost unfinished block of this size come first (semi-autoregressive)
 +eos_last positions whose proposed token is EOS or PAD wait until nothing else is left: confidence
           likes the end of the canvas, and would spend its first steps on it
@@ -92,10 +92,15 @@ def entropy_of(log_p):
 def learned(state: State):
     """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
     has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); gates before f are closed, gates
-    after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely."""
+    after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely.
+    [NEW] With a second one an open gate waits while its token's H^i is above that many nats: alpha says what may go together,
+    H what p can say by now. If all would wait, the one of lowest H does not."""
     logits = state.gate_logits.masked_fill(~state.front, -torch.inf)
     if state.knob:
-        return or_best(logits.sigmoid() > state.knob[0], logits, state)
+        alpha, *nats = state.knob
+        opened = or_best(logits.sigmoid() > alpha, logits, state)
+        H = entropy_of(state.log_p)
+        return or_best(H <= nats[0], -H, replace(state, masked=opened)) if nats else opened
     log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u_first)[:, None]          # (B, 1)
@@ -194,7 +199,8 @@ class Rule(NamedTuple):
 
 
 ORDERS = {
-    "learned": Rule(learned, (), ((), *((alpha,) for alpha in (0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)))),
+    "learned": Rule(learned, (), ((), *((alpha,) for alpha in (0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)),
+                                  *((alpha, nats) for alpha in (0.3, 0.35, 0.4, 0.5) for nats in (0.3, 0.75, 1.0)))),
     "left_to_right": Rule(left_to_right),
     "random": Rule(random),
     "confidence": Rule(confidence),

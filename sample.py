@@ -37,6 +37,7 @@ class Generation:
     tokens: torch.Tensor       # (B, L) finished answers, no MASK
     steps: torch.Tensor        # (B,) forward passes made while the row was unfinished
     reveal_step: torch.Tensor  # (B, L) the step, from 1, that revealed each position
+    log_p: torch.Tensor        # (B,) nats: sum of log p(token) at the steps that revealed them
 
 
 def row_noise(seeds: list[int], T: int, L: int, device):
@@ -48,12 +49,14 @@ def row_noise(seeds: list[int], T: int, L: int, device):
 
 @torch.no_grad()
 def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, temperature: float = 0.0,
-             seeds: list[int] | None = None, x0=None, first=None) -> Generation:
+             seeds: list[int] | None = None, x0=None, forced: bool = False, first=None) -> Generation:
     """Answers for prompts (B, P') in at most `steps` forward passes per row, on the prompts' device.
 
     A budget above L counts as L. `seeds`: one per row, 0..B-1 by default; with temperature 0 they only
-    matter to orders that draw. `x0` (B, L): true answers, for the oracle. `first` (B, L, D): the model's
-    hidden states at the all-MASK canvas, where they are at hand (the step is counted all the same).
+    matter to orders that draw. `x0` (B, L): true answers, for the oracle and for `forced`, which writes their tokens
+    along the order instead of the model's own. If the order draws nothing, log_p is then log p(x0) of the sampler
+    that takes the same order and draws each token from p. `first` (B, L, D): the model's hidden states at the
+    all-MASK canvas, where they are at hand (the step is counted all the same).
     Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
     order = parse_order(order) if isinstance(order, str) else order
     if steps < 1 or not (temperature == 0 or 1e-6 <= temperature < float("inf")):  # below, log p / temperature overflows
@@ -64,7 +67,7 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
     seeds = list(range(len(prompt))) if seeds is None else seeds
     noise = row_noise(seeds, T, L, prompt.device)
     z = torch.full((len(prompt), L), model.config.mask, device=prompt.device)
-    reveal_step = torch.zeros_like(z)
+    reveal_step, total = torch.zeros_like(z), torch.zeros(len(z), device=z.device, dtype=precise(z.device))
     prompt = trim(prompt, model.config.pad)
     read = model.read(prompt)                                               # once for all steps
     rows, past = torch.arange(len(prompt), device=prompt.device), []        # unfinished; log_p of the last two steps
@@ -77,12 +80,14 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
         state = State(log_p, tokens, model.gate_logits(h), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], past,
                       x0[rows] if x0 is not None else None)
         reveal = masked & order(state, model.config.eos) if t < T else masked
-        z[rows] = torch.where(reveal, tokens, z[rows])
+        written = x0[rows] if forced else tokens
+        z[rows] = torch.where(reveal, written, z[rows])
+        total[rows] += (log_p.gather(-1, written[..., None]).squeeze(-1) * reveal).sum(-1)
         reveal_step[rows] = torch.where(reveal, t, reveal_step[rows])
         unfinished, past = (masked & ~reveal).any(-1), [log_p, *past[:1]]
         if not unfinished.all():
             rows, past = rows[unfinished], [p[unfinished] for p in past]
-    return Generation(z, reveal_step.amax(-1), reveal_step)
+    return Generation(z, reveal_step.amax(-1), reveal_step, total)
 
 
 # --- showing it ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sample import generate
 V, EOS, PAD = 5, 3, 4
 CERTAIN = (1.0, 0.0, 0.0, 0.0, 0.0)
 VARIANTS = ["", "+eos_last", "@3", "@2+eos_last"]
-KNOBS = {"learned": [(), (0.3,), (0.6,)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
+KNOBS = {"learned": [(), (0.3,), (0.6,), (0.3, 1.2), (0.1, 0.5), (0.6, 0.001)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
          "entropy_bound": [(0.0,), (0.7,), (3.0,)], "low_entropy": [(0.3,), (1.0,), (1.4,)],
          "klass": [(0.1, 0.2), (0.5, 0.02), (0.5, 0.5)]}
 
@@ -165,11 +165,26 @@ def test_learned_is_eq_1_by_inverse_cdf(variant):
             assert found == [i for i in front if i == first or (i > first and row.u_gate[i] < row.alpha[i])]
 
 
+def open_gates(row, front, alpha):
+    return [i for i in front if row.alpha[i] > alpha] or [max(front, key=lambda i: row.alpha[i])]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_learned_with_a_knob_opens_the_gates_above_it_or_the_likeliest(variant):
     for row, front, knob, found in cases_in_front("learned", variant):
-        if knob:
-            assert found == ([i for i in front if row.alpha[i] > knob[0]] or [max(front, key=lambda i: row.alpha[i])])
+        if len(knob) == 1:
+            assert found == open_gates(row, front, *knob)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_learned_with_two_knobs_keeps_open_gates_waiting_while_their_token_is_in_doubt(variant):
+    waited = set()
+    for row, front, knob, found in cases_in_front("learned", variant):
+        if len(knob) == 2:
+            opened, H = open_gates(row, front, knob[0]), lambda i: entropy(row.p[i])
+            assert found == ([i for i in opened if H(i) <= knob[1]] or [min(opened, key=H)])
+            waited.add((len(opened) > 1, len(found) < len(opened)))
+    assert waited == {(False, False), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -257,7 +272,7 @@ def test_any_state_reveals_some_of_its_choices_whatever_the_batch(name, variant,
 
 @pytest.mark.parametrize("order, n", [
     ("random", 4), ("confidence", 4), ("margin", 4), ("entropy", 4), ("oracle", 4), ("factor:1.5", 3), ("entropy_bound:1", 2),
-    ("threshold:0.99", 1), ("low_entropy:0.1", 1), ("klass:0.99:0.1", 1), ("learned:0.9", 1)])
+    ("threshold:0.99", 1), ("low_entropy:0.1", 1), ("klass:0.99:0.1", 1), ("learned:0.9", 1), ("learned:0.4:0.1", 1)])
 def test_equals_are_taken_from_the_left(order, n):
     """40 positions alike, of which the even ones are masked: more than what sorting routines keep in order by chance."""
     alike = row_of([(0.7, 0.2, 0.05, 0.03, 0.02)] * 40, masked=[True, False] * 20, T=5)
@@ -335,7 +350,7 @@ class SurestOfTheEnd:
         return 15 * h - 11
 
 
-@pytest.mark.parametrize("order", [*ORDERS, "learned:0.5", "confidence@2"])
+@pytest.mark.parametrize("order", [*ORDERS, "learned:0.5", "learned:0.4:0.6", "confidence@2"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_eos_last_holds_the_end_back(order, temperature):
     """A ban without effect, because the score does not look where it is set: LLaDA's EOS flags. Through generate(), which
@@ -353,7 +368,7 @@ def test_eos_last_holds_the_end_back(order, temperature):
     assert waits(held).all() and not waits(dead).all()
 
 
-@pytest.mark.parametrize("name", [*ORDERS, "learned:0.5", "confidence@2", "entropy+eos_last"])
+@pytest.mark.parametrize("name", [*ORDERS, "learned:0.5", "learned:0.4:0.6", "confidence@2", "entropy+eos_last"])
 def test_finish_reveals_everything_once_all_that_would_be_left_is_certain(name):
     finished = set()
     for seed in range(150):
@@ -425,7 +440,7 @@ def test_an_unknown_name_is_told_the_known_ones(text):
 
 
 @pytest.mark.parametrize("text", [
-    "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5", "confidence+finish+eos_last", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
+    "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5:0.5", "learned:0.5:", "confidence+finish+eos_last", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
     "threshold:nan", "threshold:inf", "threshold:-inf", "threshold:-0.1", "klass:0.9:nan", "confidence@", "confidence@0",
     "confidence@-2", "confidence@x", "confidence@2.5", "confidence@4@8", "confidence@8:0.5", "confidence+", "confidence+eos",
     "confidence+eos_last+eos_last", "confidence+eos_last@8"])

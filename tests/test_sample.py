@@ -22,7 +22,7 @@ DRAWS = 100_000
 
 # Knobs at which each adaptive rule reveals sometimes one position of model_of's and sometimes several.
 KNOB = {"entropy_bound": ":0.5", "low_entropy": ":0.5", "klass": ":0.5:0.5"}
-RULES = [*(name + KNOB.get(name, "") for name in ORDERS), "learned:0.5"]
+RULES = [*(name + KNOB.get(name, "") for name in ORDERS), "learned:0.5", "learned:0.3:0.5"]
 EVERY_ORDER = [rule + variant for rule in RULES for variant in ("", "+eos_last", "@2", "@3+eos_last")]
 DRAWN = ("learned", "random", "iid")
 WHOLE_BUDGET = ("left_to_right", "random", "confidence", "margin", "entropy", "oracle")
@@ -81,6 +81,21 @@ def test_random_samples_follow_a_shuffle(T):
     sizes = {1: [3], 2: [1, 2], 3: [1, 1, 1]}[T]
     even = {o for o in orders(3, T) if [o.count(t) for t in range(1, T + 1)] == sizes}
     assert_samples_follow("random", T, lambda model, x0, o: (o in even) / len(even))
+
+
+@pytest.mark.parametrize("order", [rule for rule in RULES if parse_order(rule).knob or parse_order(rule).name not in (*DRAWN, "oracle")])
+@pytest.mark.parametrize("T", [1, 2, 4])
+def test_forced_log_p_is_the_likelihood_of_a_sampler(order, T):
+    """Where the order draws nothing, answers partition the probability: their likelihoods sum to 1, and each is the product
+    over the steps of what the table says at the states on its own path. Unforced, log_p is that of the answer given."""
+    model, x0 = TableModel(L=4), answers(4)
+    out = generate(model, prompts(len(x0)), T, order, x0=torch.tensor(x0), forced=True)
+    assert out.tokens.tolist() == [list(x) for x in x0]
+    assert torch.allclose(out.log_p.exp().sum(), torch.ones((), dtype=torch.float64))
+    for x, path, log_p in zip(x0, out.reveal_step.tolist(), out.log_p):
+        assert torch.isclose(log_p, sum(log_p_tokens(model, x, path, t) for t in range(1, max(path) + 1)))
+    free = generate(model, prompts(1), T, order)
+    assert torch.equal(free.log_p[0], out.log_p[x0.index(tuple(free.tokens[0].tolist()))])
 
 
 @lru_cache
