@@ -17,8 +17,8 @@ twin      the same network read causally, with a key-value cache: one greedy tok
           random, so it is told where to stop: after as many tokens as the true answer has, EOS included
 
 Answer tokens are those of the true answers. Each number is a median over --rounds, taken in turn, so that the first and
-cold one does not count. Memory is the most that was allocated while the job ran, all networks here included. Only CUDA
-tells: on a CPU freed memory stays with the process (model.py), whose size is then that of the largest job so far.
+cold one does not count. Memory is the most that one call has allocated at a time, beyond the networks and what else stood
+before it; on a CPU torch's profiler adds up what tensors take and give back.
 
 costs     with --costs: seconds of a step of stage 1 and of the order stage where L, K, T or n_layer is half or double, on
           random tokens, so that the data cuts nothing off
@@ -42,6 +42,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -244,9 +245,9 @@ def per_example(stage: str, run: Run, rows: int) -> dict:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             job()
         flops[depth] = counter.get_total_flops()
-    seconds = measure(jobs, 1, run.device)[0]
+    seconds = measure(jobs, 1, run.device)
     update()  # makes the optimizers' states
-    update_seconds = measure({"update": update}, 1, run.device)[0]["update"]
+    update_seconds = measure({"update": update}, 1, run.device)["update"]
 
     def whole(at):  # from one and two blocks of each network to all
         one = at[1, 1]
@@ -293,30 +294,34 @@ def synchronize(device: torch.device):
         getattr(torch, device.type).synchronize()
 
 
-def peak_memory(device: torch.device, reset: bool = False) -> float | None:
-    """MB allocated at most since the last reset; None but on CUDA (see the top of this file)."""
-    if device.type != "cuda":
-        return None
-    if reset:
+def peak_memory(job, device: torch.device) -> float | None:
+    """MB that one call of a job holds at most beyond what stood before it; None where nothing tells (MPS)."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device) / 1e6
+        before = torch.cuda.memory_allocated(device)
+        job()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if device.type != "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        job()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((size for _, size in sorted(events)), initial=0)) / 1e6
 
 
-def measure(jobs: dict, rounds: int, device: torch.device) -> tuple[dict, dict]:
-    """Seconds of one call, the median over rounds, and peak memory in MB, of each job. In every round each job in turn
-    is called until AT_LEAST seconds are over."""
-    seconds, memory = {name: [] for name in jobs}, {}
+def measure(jobs: dict, rounds: int, device: torch.device) -> dict:
+    """Seconds of one call of each job, the median over rounds. In every round each job in turn is called until AT_LEAST
+    seconds are over."""
+    seconds = {name: [] for name in jobs}
     for _ in tqdm(range(rounds), desc="rounds", disable=None, leave=False):
         for name, job in jobs.items():
-            peak_memory(device, reset=True)
             start, calls = time.perf_counter(), 0
             while calls == 0 or time.perf_counter() - start < AT_LEAST:
                 job()
                 synchronize(device)
                 calls += 1
             seconds[name].append((time.perf_counter() - start) / calls)
-            memory[name] = peak_memory(device)
-    return {name: statistics.median(values) for name, values in seconds.items()}, memory
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, Config]:
@@ -338,7 +343,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, Config]:
 
 def show(result: dict):
     """Print the results as a table."""
-    meta, train, memory = result["meta"], result["train"], {name: f"{mb:.0f}" if mb else "" for name, mb in result["memory_mb"].items()}
+    meta, train, memory = result["meta"], result["train"], {name: f"{mb:.1f}" if mb else "" for name, mb in result["memory_mb"].items()}
     in_mb = lambda job: f"; {memory[job]} MB" if memory[job] else ""
     print(f"{meta['device']}, {meta['threads']} threads, {meta['dtype']}, torch {meta['torch']}, commit {meta['commit']}")
     print(f"matmul    {result['matmul_gflops']:.1f} GFLOP/s at {meta['matmul']}")
@@ -387,7 +392,8 @@ def main(argv=None):
     for name, variant in variants.items():
         jobs |= {f"{stage} {name}": training(stage, variant, fresh(stage, variant))[0] for stage in ("denoiser", "order")}
 
-    seconds, memory = measure(jobs, args.rounds, device)
+    seconds = measure(jobs, args.rounds, device)
+    memory = {name: peak_memory(job, device) for name, job in jobs.items()}
     matmul = 2 * side**3 / seconds["matmul"]
     result = {
         "matmul_gflops": matmul / 1e9, "train_share": 3 * flops / seconds["stage 1"] / matmul,

@@ -105,8 +105,19 @@ def test_jobs_run_in_turn_and_a_cold_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(bench, "AT_LEAST", 0.0)
     calls = []
     jobs = {"a": lambda: (time.sleep(0.3 * (not calls)), calls.append("a")), "b": lambda: (time.sleep(0.02), calls.append("b"))}
-    seconds, _ = bench.measure(jobs, 3, torch.device("cpu"))
+    seconds = bench.measure(jobs, 3, torch.device("cpu"))
     assert calls == ["a", "b"] * 3 and seconds["a"] < 0.1 and seconds["b"] >= 0.02
+
+
+def test_memory_is_the_most_that_a_call_holds_at_a_time():
+    def job():
+        a = torch.ones(250_000)                # 1 MB each
+        b = a + a
+        del a
+        b.add(b.clone())
+
+    before = torch.ones(10**6)                 # does not count
+    assert bench.peak_memory(job, torch.device("cpu")) == pytest.approx(3, abs=0.01) and len(before) == 10**6
 
 
 def test_the_toy_and_random_data_are_measured(tmp_path, monkeypatch, capsys):
@@ -118,6 +129,7 @@ def test_the_toy_and_random_data_are_measured(tmp_path, monkeypatch, capsys):
     assert result["sample_steps"] == {"1": {"1": 1, "3": 1}, "L": {"1": 60, "3": 60}}  # untrained gates are closed
     assert 0 < result["train_share"] < 1.5 and result["order_cost_ratio"] > 0 and result["matmul_gflops"] > 0
     assert result["train_share"] == pytest.approx(result["train"]["gflop_per_step"] / result["seconds_per_call"]["stage 1"] / result["matmul_gflops"])
+    assert result["memory_mb"]["sample 1 3"] > result["memory_mb"]["sample 1 1"] > 0
     assert result["meta"]["config"]["n_embd"] == 16 and sum(line.startswith(("sample", "twin")) for line in printed.splitlines()) == 6
     bench.main([*flags, "--batches", "2", "--steps", "2", "--dataset", "gsm8k", "--answer_len", "9", "--dtype", "bfloat16"])
     result = json.loads((tmp_path / "b" / "bench.json").read_text())

@@ -61,12 +61,14 @@ LEARNED = ("test_learned_samples_follow_eq_1_and_2", 2)
 IID = ("test_iid_samples_follow_uniform_reveal_times", 2)
 RANDOM = ("test_random_samples_follow_a_shuffle", 3)
 REPLAY = ("test_every_step_is_the_order_s_choice_at_the_model_s_state",)
+FORCED = ("test_forced_log_p_is_the_likelihood_of_a_sampler", "confidence", 2)
 PASSES = ("test_steps_are_the_forward_passes_that_a_row_takes_part_in", "threshold")
 CONFIDENCE = ("test_confidence_takes_the_most_probable",)
 MARGIN = ("test_margin_takes_the_largest_lead_of_the_first_token_over_the_second", "")
 ORACLE = ("test_oracle_takes_the_most_probable_true_token", "")
 ENTROPY = ("test_entropy_reveals_the_certain_not_the_uncertain",)
 GATES_ABOVE = ("test_learned_with_a_knob_opens_the_gates_above_it_or_the_likeliest",)
+WAITS = ("test_learned_with_two_knobs_keeps_open_gates_waiting_while_their_token_is_in_doubt", "")
 EQ_1 = ("test_learned_is_eq_1_by_inverse_cdf",)
 THRESHOLD = ("test_threshold_is_all_that_reach_it_or_the_best",)
 FACTOR = ("test_factor_is_the_largest_n_within_it", "")
@@ -135,10 +137,13 @@ MUTATIONS = {
     "gates before the first are free": ("orders.py", "(position > first) & (state.u_gate", "(state.u_gate", LEARNED),
     "gates of later blocks open too": ("orders.py", "state.gate_logits.masked_fill(~state.front",
         "state.gate_logits.masked_fill(~state.masked", (*EQ_1, "@3")),
-    "a gate at the knob opens": ("orders.py", "logits.sigmoid() > state.knob[0]",
-        "logits.sigmoid() >= state.knob[0]", (*EQUALS_KNOB, "learned:0.5", [3])),
-    "no gate above the knob, none opens": ("orders.py", "return or_best(logits.sigmoid() > state.knob[0], logits, state)",
-        "return logits.sigmoid() > state.knob[0]", (*GATES_ABOVE, "")),
+    "a gate at the knob opens": ("orders.py", "logits.sigmoid() > alpha",
+        "logits.sigmoid() >= alpha", (*EQUALS_KNOB, "learned:0.5", [3])),
+    "no gate above the knob, none opens": ("orders.py", "opened = or_best(logits.sigmoid() > alpha, logits, state)",
+        "opened = logits.sigmoid() > alpha", (*GATES_ABOVE, "")),
+    "doubt opens gates": ("orders.py", "or_best(H <= nats[0], -H, replace", "or_best(H > nats[0], -H, replace", WAITS),
+    "of those in doubt the most": ("orders.py", "or_best(H <= nats[0], -H, replace", "or_best(H <= nats[0], H, replace", WAITS),
+    "closed gates open where nothing is in doubt": ("orders.py", "-H, replace(state, masked=opened))", "-H, state)", WAITS),
     "iid counts empty steps": ("orders.py", "time == time.amin(-1, keepdim=True)", "time == state.t - 1", IID),
     "random is confidence": ("orders.py", "even_share(state.u_row, state)", "even_share(state.log_p.amax(-1), state)", RANDOM),
     "one top-k over the batch": ("orders.py", "return (rank < k) & masked",
@@ -187,12 +192,14 @@ MUTATIONS = {
         "noise[: len(rows)]", ("test_a_row_does_not_depend_on_its_batch", "learned", 0.0, "cpu")),
     "order shown other tokens than are written": ("sample.py", "State(log_p, tokens,",
         "State(log_p, log_p.argmax(-1),", EOS_LAST),
+    "likelihood of every step's masks": ("sample.py", ".squeeze(-1) * reveal).sum(-1)", ".squeeze(-1) * masked).sum(-1)", FORCED),
+    "likelihood of the model's own tokens": ("sample.py", "log_p.gather(-1, written[", "log_p.gather(-1, tokens[", FORCED),
     "rows that are done stay": ("sample.py", "(masked & ~reveal).any(-1)", "masked.any(-1)", PASSES),
     "past turned round": ("sample.py", "[log_p, *past[:1]]", "[*past[:1], log_p]", (*REPLAY, "klass:0.5:0.5", 7)),
     "past of one step": ("sample.py", "[log_p, *past[:1]]", "[log_p]", (*REPLAY, "klass:0.5:0.5", 7)),
     "order told the next step": ("sample.py", "masked, t, T, u", "masked, t + 1, T, u", (*REPLAY, "confidence", 4)),
-    "tokens of every position written": ("sample.py", "z[rows] = torch.where(reveal, tokens, z[rows])",
-        "z[rows] = torch.where(masked, tokens, z[rows])", (*REPLAY, "confidence", 4)),
+    "tokens of every position written": ("sample.py", "z[rows] = torch.where(reveal, written, z[rows])",
+        "z[rows] = torch.where(masked, written, z[rows])", (*REPLAY, "confidence", 4)),
     "stage 1 without 1/t": ("model.py", "(log_p_of(model, h, x0, masked) / t).sum(-1)",
         "log_p_of(model, h, x0, masked).sum(-1)", ("test_denoiser_elbo_matches_the_exact_sum",)),
     "stage 1 sees the answer": ("model.py", "h = model(prompt, x0.masked_fill(masked, model.config.mask))",
