@@ -5,6 +5,7 @@
     python eval_gsm8k.py --plot                     draw what was written, without running anything;
                                                     --json a.json,b.json draws the rows of both: more
                                                     orders of one run, or several runs and their mean
+    torchrun --nproc_per_node 2 eval_gsm8k.py       the same rows, shared out among two processes
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the most probable token.
 The learned order runs on the order-trained checkpoint; each rule runs on it and on the control (the
@@ -46,12 +47,14 @@ import subprocess
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (NUMBER, TOY_SIZES, UserError, build_tokenizer, cli, decode, encode_split, final_number, is_correct, load_splits,
@@ -438,26 +441,43 @@ def write_json(path: Path, content: dict):
         file.write(json.dumps(content))
 
 
+def rows_of(args, bench: Bench, tuning: Bench, name: str, budget: int) -> list[dict]:
+    """The rows of one order at one budget on one denoiser: one, or at budget L one for each knob."""
+    order, longest = parse_order(name), bench.model.config.answer_len
+    knobs = ORDERS[order.name].sweep if ":" not in name and ORDERS[order.name].sweep else (order.knob,)
+    if budget == longest:
+        choices = {str(replace(order, knob=knob)): (replace(order, knob=knob), longest) for knob in knobs}
+    elif len(knobs) > 1 or order.finish:
+        choices = {name: tune(tuning, order, knobs, budget, args.metric)}
+    else:
+        choices = {name: (order, budget)}
+    rows = []
+    for asked, (choice, cap) in choices.items():
+        draws = choice.name in ("iid", "random") or (choice.name == "learned" and not choice.knob)
+        seeds = range(args.seeds if draws and budget > 1 else 1)
+        rows.append({"asked": asked, "budget": budget, **evaluate(bench, choice, cap, seeds, args.metric, args.likelihood)})
+    return rows
+
+
 def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[dict]:
-    """A row for every order, budget and denoiser. The control's gate head was never trained."""
-    longest, rows = benches[args.ckpt].model.config.answer_len, []
+    """A row for every order, budget and denoiser. The control's gate head was never trained. Each process of torchrun
+    takes every world-th of these jobs, and all end up with all rows."""
+    longest, rank, world = benches[args.ckpt].model.config.answer_len, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     budgets = dict.fromkeys(min(parse_steps(text), longest) for text in args.steps.split(","))
     names = dict.fromkeys(text.strip() for text in args.orders.split(","))
-    runs = [(budget, name, path) for budget in budgets for name in names for path in benches
+    jobs = [(name, budget, path) for budget in budgets for name in names for path in benches
             if path == args.ckpt or parse_order(name).name != "learned"]
-    for budget, name, path in tqdm(runs, disable=None, leave=False):
-        order = parse_order(name)
-        knobs = ORDERS[order.name].sweep if ":" not in name and ORDERS[order.name].sweep else (order.knob,)
-        if budget == longest:
-            choices = {str(replace(order, knob=knob)): (replace(order, knob=knob), longest) for knob in knobs}
-        elif len(knobs) > 1 or order.finish:
-            choices = {name: tune(tuning[path], order, knobs, budget, args.metric)}
-        else:
-            choices = {name: (order, budget)}
-        for asked, (choice, cap) in choices.items():
-            draws = choice.name in ("iid", "random") or (choice.name == "learned" and not choice.knob)
-            seeds = range(args.seeds if draws and budget > 1 else 1)
-            rows.append({"checkpoint": path, "asked": asked, "budget": budget, **evaluate(benches[path], choice, cap, seeds, args.metric, args.likelihood)})
+    found = {}
+    for i in tqdm(range(rank, len(jobs), world), disable=rank > 0 or None, leave=False):
+        name, budget, path = jobs[i]
+        found[i] = [{"checkpoint": path, **row} for row in rows_of(args, benches[path], tuning[path], name, budget)]
+    if world > 1:
+        parts = [None] * world
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only rows travel, and the last may be long in coming
+        dist.all_gather_object(parts, found)
+        dist.destroy_process_group()
+        found = {i: rows for part in parts for i, rows in part.items()}
+    rows = [row for i in range(len(jobs)) for row in found[i]]
     compare(rows)
     return rows
 
@@ -487,6 +507,8 @@ def main(argv=None):
 
     write_json(Path(args.json).with_suffix(".tmp"), {})  # fails now rather than after an hour
     rows = run_all(args, benches, tuning)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     title = f"{config['dataset']}, {args.split} split, {len(items)} items"
     print(f"{title}, {device}; each rule on the better of {' and '.join(paths)}, in %\n{HEADER}")
     for row in better_denoiser(rows):

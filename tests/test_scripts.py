@@ -220,7 +220,25 @@ def test_the_order_stage_starts_with_gates_that_differ(tmp_path):
     model = train.build_stage("denoiser", run)[0]
     assert model.gate_head.weight.abs().max() == 0
     weight = train.build_stage("order", run, model)[0].gate_head.weight
-    assert 0.05 < weight.std() < 0.11
+    assert 0.05 < weight.std() < 0.11 and torch.equal(weight, weight[:1].expand_as(weight))  # the same for any number of steps left
+
+
+def test_training_draws_every_budget_and_validation_has_the_largest(tmp_path):
+    """Each budget has its own row of scores, and each number of steps left its own gates; the last step asks none."""
+    config = train.parse_config([*TINY, "--out_dir", str(tmp_path), "--T", "3"])
+    run, drawn = train.prepare(config), set()
+    model, posterior, _ = train.build_stage("order", run, train.build_stage("denoiser", run)[0])
+    prompt, x0 = run.train.prompt[:4], run.train.x0[:4]
+    for seed in range(20):
+        objective, logs = train.stage_objective("order", run, model, posterior, prompt, x0, 0.5, torch.Generator().manual_seed(seed))
+        scores, gates = torch.autograd.grad(objective, (posterior.score_head.weight, model.gate_head.weight))
+        T, = scores.abs().sum(-1).nonzero().flatten().add(1).tolist()
+        assert gates.abs().sum(-1).nonzero().flatten().add(1).tolist() == list(range(2, T + 1)) and logs["reveal_step"].max() <= T
+        drawn.add(T)
+    assert drawn == {2, 3}
+    with torch.no_grad():
+        steps = [train.stage_objective("order", run, model, posterior, prompt, x0, 0.5, torch.Generator().manual_seed(seed))[1]["q_steps"] for seed in range(20)]
+    assert min(steps) > 2
 
 
 def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
@@ -286,15 +304,30 @@ def test_changed_constants_cannot_be_resumed(trained):
         train.main(["--resume", "--out_dir", str(trained), "--tau", "0.3"])
 
 
+def torchrun(script: str, *flags: str):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000), str(ROOT / script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_evaluate_as_one(trained, tmp_path):
+    """The same rows in the same sequence, whichever process made them."""
+    flags = ["--ckpt", str(trained / "ckpt.pt"), "--control", str(trained / "control.pt"), "--limit", "5", "--tune_items", "4", "--steps", "1,3", "--seeds", "2",
+             "--orders", "learned:0.5,confidence,iid", "--likelihood"]
+    eval_gsm8k.main([*flags, "--json", str(tmp_path / "one.json")])
+    torchrun("eval_gsm8k.py", *flags, "--json", str(tmp_path / "two.json"))
+    one, two = ([{k: v for k, v in row.items() if k not in ("seconds", "answers_per_s", "tokens_per_s")} for row in json.loads((tmp_path / name).read_text())["rows"]]
+                for name in ("one.json", "two.json"))
+    assert len(one) == 10 and [row.pop("nats") for row in one] == pytest.approx([row.pop("nats") for row in two], rel=1e-4)
+    assert one == two
+
+
 def test_two_processes_train_as_one(tmp_path):
     """torchrun with 2 gloo processes against one process that computes both parts of each batch in turn: the same
     losses, bounds and weights within float error, in all three stages."""
     flags = [*TINY, "--chunks", "2", "--eval_items", "80"]
     train.main([*flags, "--out_dir", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000),
-               str(ROOT / "train.py"), *flags, "--out_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun("train.py", *flags, "--out_dir", str(tmp_path / "two"))
     one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two)
     for a, b in zip(one, two):
