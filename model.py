@@ -4,15 +4,15 @@ A state z is an answer x0 with some of its positions replaced by MASK, next to a
 never masked. One forward pass gives, for every answer position,
 
     token head   p(x^i | z)          which token belongs here             Eq. 2
-    gate head    alpha^i(z, n)       should it be revealed now, with n steps left?  Eq. 1
+    gate head    alpha^i(z)          should this position be revealed now?  Eq. 1
 
 The prompt attends to itself only, so it is read once: by all orders of an example in training, by all
 steps in sampling. (With the answer visible to the prompt, stage 1 of the toy ended hardly better, at a
 bound of -3.8 against -3.9 after 2,400 steps, seed 0, and a step of the order stage took 1.3 times as long.)
 
 The state is its own clock: the number of masks says how far generation has come, so no time is fed
-to the network. Only the gates are told how many steps are left: what may be revealed together is up to the
-state, how much has to be is up to the budget. MASK (id V) can be read but not written: the token head has only V outputs.
+to the network; nor is the number of steps left (tried, see assets/experiments.md). MASK (id V) can be
+read but not written: the token head has only V outputs.
 
 Stage 1 trains the token head with the usual masked-diffusion bound. Masking each position with
 probability t, t ~ U(0, 1),
@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from data import UserError, replacing
 
-SCHEMA = 3  # of checkpoint files
+SCHEMA = 2  # of checkpoint files
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class ModelConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128      # D
-    T: int = 4             # largest step budget that the gates know; with more steps left they take it that these are
 
     def __post_init__(self):
         """Raises ValueError: a checkpoint may say anything, and train.py looks at its flags itself."""
@@ -173,7 +172,7 @@ class MDM(nn.Module):
         self.config = config
         self.trunk = Trunk(config)
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.gate_head = nn.Linear(config.n_embd, config.T)  # [NEW] a row for each number of steps left
+        self.gate_head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.token_head.weight)
         nn.init.zeros_(self.gate_head.weight)
         nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 until the order stage
@@ -190,12 +189,10 @@ class MDM(nn.Module):
         """log p(x | z) over the V tokens, float32: (..., D) -> (..., V)."""
         return self.token_head(h).float().log_softmax(-1)
 
-    def gate_logits(self, h, left):
-        """logit of alpha with `left` steps left, this one included: h (..., L, D), left (...) or a number -> (..., L), float32.
-        Soft-capped at +-15 so that every log stays finite."""
+    def gate_logits(self, h):
+        """logit of alpha, float32: (..., D) -> (...). Soft-capped at +-15 so that every log stays finite."""
         # DEVIATION: gates are soft-capped.
-        row = torch.as_tensor(left).clamp(max=self.config.T) - 1
-        logits = (h.float() * self.gate_head.weight[row][..., None, :]).sum(-1) + self.gate_head.bias[row][..., None]
+        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
         return 15 * torch.tanh(logits / 15)
 
 

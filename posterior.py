@@ -69,13 +69,13 @@ class OrderPosterior(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.trunk = Trunk(config)
-        self.score_head = nn.Linear(config.n_embd, config.T, bias=False)  # [NEW] a row for each step budget
+        self.score_head = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.normal_(self.score_head.weight, std=0.01)  # scores spread by about tau: gates soft, not all open
 
-    def forward(self, prompt, x0, T: int):
-        """prompt (B, P'), x0 (B, L) -> scores s (B, L) for a budget of T steps, float32."""
+    def forward(self, prompt, x0):
+        """prompt (B, P'), x0 (B, L) -> scores s (B, L), float32."""
         h = self.trunk(prompt, x0).float()
-        return (h * self.score_head.weight[T - 1]).sum(-1)  # not a matmul: autocast would round it to bfloat16 and tie scores
+        return (h * self.score_head.weight).sum(-1)  # not a matmul: autocast would round it to bfloat16 and tie scores
 
 
 # --- Eq. 3: gates from scores ---------------------------------------------------------------------
@@ -150,7 +150,7 @@ def order_objective(model: MDM, posterior: OrderPosterior, prompt, x0, *, T: int
     """Eq. 4 estimated at step 1 and one random later step of each example, with the gradient of Eq. 7: draws
     K orders and a step, then calls objective_at. prompt (B, P'), x0 (B, L). Returns what objective_at returns."""
     B = len(x0)
-    s = posterior(prompt, x0, T)                                            # (B, L)
+    s = posterior(prompt, x0)                                               # (B, L)
     reveal_step = sample_orders(s, K, T, tau, generator)                    # (B, K, L)
     # DEVIATION: stratified. Any T-1 examples in a row see each later step once, and each alone a uniform one.
     later = max(T - 1, 1)
@@ -176,7 +176,7 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, 1 + K))                            # (B, 1+K, L, D)
     log_q = log_gate_probs(s[:, None], masked, last, tau)
     # [NEW] q maximises recon - kl_weight * kl, p recon - kl: the gates keep their value, their gradient is divided by kl_weight.
-    gates = model.gate_logits(h, T - step + 1)
+    gates = model.gate_logits(h)
     gates = torch.lerp(gates.detach(), gates, 1 / kl_weight)
     recon, kl = step_terms(log_p_of(model, h, x0_k, masked), gates, log_q, masked, last)
     step_elbo = recon - kl_weight * kl                                      # Eq. 5: L_1, L_t^1 .. L_t^K

@@ -77,7 +77,7 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
         h = first if t == 1 and first is not None else model(prompt[rows], z[rows], read[rows])
         log_p, masked, u = model.log_p(h), z[rows] == model.config.mask, noise[rows]
         tokens = log_p.argmax(-1) if temperature == 0 else draw((log_p / temperature).log_softmax(-1), u[:, T + 1, :L])
-        state = State(log_p, tokens, model.gate_logits(h, T - t + 1), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], past,
+        state = State(log_p, tokens, model.gate_logits(h), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], past,
                       x0[rows] if x0 is not None else None)
         reveal = masked & order(state, model.config.eos) if t < T else masked
         written = x0[rows] if forced else tokens

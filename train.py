@@ -102,7 +102,7 @@ class Config:
     max_steps_order: int = arg(1400, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(3, "orders per example, which then takes 1 + K network states; the control's batch is as many rows")
-    T: int = arg(4, "largest step budget that the order is learned for: each batch draws one of 2..T")
+    T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.1, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.03, "and at its end")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
@@ -317,11 +317,9 @@ def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior 
     # [NEW] tau falls: at first many orders are tried, in the end nearly one. While gates are soft, chance leaves some of step
     # t's positions to step t+1, among those that were meant to wait for them.
     tau = config.tau * (config.tau_end / config.tau) ** progress
-    # [NEW] One policy for every budget: training draws it anew for each batch. Validation has the largest.
-    T = config.T
-    if torch.is_grad_enabled():
-        T = int(torch.randint(min(2, T), T + 1, (), device=prompt.device, generator=generator))
-    return order_objective(model, posterior, prompt, x0, T=T, K=config.K, tau=tau, kl_weight=kl_weight, generator=generator)
+    objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=tau,
+                                      kl_weight=kl_weight, generator=generator)
+    return objective, logs
 
 
 class Objective(torch.nn.Module):
@@ -372,7 +370,7 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
     """The networks that a stage trains, as they are before its first step, and their optimizers. `model`: what stage 1
     has left, where it is at hand; otherwise denoiser.pt."""
     config = run.config
-    sizes = ModelConfig(256 + len(run.pieces) + 2, config.prompt_len, config.answer_len, config.n_layer, config.n_head, config.n_embd, config.T)
+    sizes = ModelConfig(256 + len(run.pieces) + 2, config.prompt_len, config.answer_len, config.n_layer, config.n_head, config.n_embd)
     torch.manual_seed(seed_of(config.seed, stage, "weights"))
     if stage == "denoiser":
         model = MDM(sizes).to(run.device)
@@ -385,8 +383,7 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
     # [NEW] Gates that differ at random from place to place: a rule for q to lean to (posterior.py, "Ties").
-    with torch.no_grad():
-        model.gate_head.weight.copy_(0.08 * torch.randn(config.n_embd))  # the same rule for any number of steps left
+    torch.nn.init.normal_(model.gate_head.weight, std=0.08)
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
     return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)

@@ -18,13 +18,13 @@ X0 = {3: (1, 0, 1), 4: (1, 0, 1, 1)}
 
 class TableModel(nn.Module):
     """Token and gate logits looked up by state. The "hidden state" of a position is its V token
-    logits followed by its gate logits, one for each number of steps left."""
+    logits followed by its gate logit."""
 
     def __init__(self, L=3, seed=0):
         super().__init__()
         self.config = SimpleNamespace(answer_len=L, vocab_size=V, mask=V, pad=-1, eos=V)
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(torch.randn((V + 1) ** L, L, V + 4, generator=generator, dtype=torch.float64))
+        self.table = nn.Parameter(torch.randn((V + 1) ** L, L, V + 1, generator=generator, dtype=torch.float64))
 
     def row(self, z):
         return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)  # the state read as a number
@@ -36,11 +36,10 @@ class TableModel(nn.Module):
         return self.table[self.row(z)]
 
     def log_p(self, h):
-        return h[..., :V].log_softmax(-1)
+        return h[..., :-1].log_softmax(-1)
 
-    def gate_logits(self, h, left):
-        column = torch.as_tensor(left)[..., None, None].expand(*h.shape[:-1], 1)
-        return h.gather(-1, V - 1 + column).squeeze(-1)
+    def gate_logits(self, h):
+        return h[..., -1]
 
 
 def scores(L=3, seed=0):
@@ -73,7 +72,7 @@ def log_p_gates(model, x0, order, t, T):
     h, left = lookup(model, x0, order, t)
     if t == T:
         return torch.zeros((), dtype=h.dtype)
-    alpha = h[:, V + T - t].sigmoid()  # T - t + 1 steps left
+    alpha = model.gate_logits(h).sigmoid()
     chosen = sum(torch.log(alpha[i] if order[i] == t else 1 - alpha[i]) for i in left)
     return chosen - torch.log(1 - math.prod(1 - alpha[i] for i in left))
 

@@ -159,7 +159,7 @@ def model_that_follows(s, x0, T):
             for t in range(1, min(T, max(o) + 1)):
                 z = torch.tensor([[token if step < t else V for token, step in zip(x0, o)]])
                 for i, q in q_gates(s, o, t, T).items():
-                    model.table[model.row(z), i, V + T - t] = q.logit().clamp(max=50)  # 50: alpha = 1 to 1e-21
+                    model.table[model.row(z), i, -1] = q.logit().clamp(max=50)  # 50: alpha = 1 to 1e-21
     return model
 
 
@@ -226,14 +226,14 @@ def test_at_the_true_posterior_the_plain_sum_is_constant_and_the_rao_blackwellis
     assert max(plain) - min(plain) < 1e-10 and max(blackwell) - min(blackwell) > 0.1
 
 
-def terms_by_hand(model, x0, z, left):
+def terms_by_hand(model, x0, z):
     h = model(None, torch.tensor([z]))[0]
-    return [model.log_p(h)[i, x0[i]] for i in range(len(x0))], model.gate_logits(h, left).sigmoid()
+    return [model.log_p(h)[i, x0[i]] for i in range(len(x0))], model.gate_logits(h).sigmoid()
 
 
 def test_one_step_costs_all_tokens_and_no_gates():
     model, x0 = TableModel(), X0[3]
-    log_p, _ = terms_by_hand(model, x0, [V, V, V], left=1)
+    log_p, _ = terms_by_hand(model, x0, [V, V, V])
     logs = step_logs(model, scores(), x0, (1, 1, 1), 1, T=1)
     assert close(logs["recon"], sum(log_p)) and logs["kl"] == 0
 
@@ -241,7 +241,7 @@ def test_one_step_costs_all_tokens_and_no_gates():
 def test_equal_scores_reveal_everything_at_once():
     """q = 1 everywhere: p pays for opening all its gates, given that one opens."""
     model, x0 = TableModel(), X0[3]
-    log_p, alpha = terms_by_hand(model, x0, [V, V, V], left=2)
+    log_p, alpha = terms_by_hand(model, x0, [V, V, V])
     logs = step_logs(model, torch.zeros(3, dtype=torch.float64), x0, (1, 1, 1), 1, T=2)
     assert close(logs["recon"], sum(log_p)) and close(logs["kl"], -(alpha.prod() / (1 - (1 - alpha).prod())).log())
     done = step_logs(model, torch.zeros(3, dtype=torch.float64), x0, (1, 1, 1), 2, T=2)
@@ -251,7 +251,7 @@ def test_equal_scores_reveal_everything_at_once():
 def test_far_scores_reveal_one_position_at_a_time():
     model, x0, order = TableModel(), X0[3], (3, 1, 2)
     s = torch.tensor([-1e3, 1e3, 0.0], dtype=torch.float64)
-    log_p, alpha = terms_by_hand(model, x0, [V, V, V], left=3)
+    log_p, alpha = terms_by_hand(model, x0, [V, V, V])
     logs = step_logs(model, s, x0, order, 1, T=3)
     assert close(logs["recon"], log_p[1])
     assert close(logs["kl"], -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log())
@@ -259,7 +259,7 @@ def test_far_scores_reveal_one_position_at_a_time():
 
 def test_the_last_position_opens_for_certain_and_costs_no_kl():
     model, x0 = TableModel(), X0[3]
-    log_p, _ = terms_by_hand(model, x0, [x0[0], V, x0[2]], left=2)
+    log_p, _ = terms_by_hand(model, x0, [x0[0], V, x0[2]])
     logs = step_logs(model, scores(), x0, (1, 2, 1), 2, T=3)
     assert close(logs["recon"], log_p[1]) and close(logs["kl"], 0)
 
@@ -276,7 +276,7 @@ def trajectory(model, s, x0, chosen, _, T):
         masked, opens, last = reveal_step >= t, reveal_step == t, torch.tensor([t == T])
         h = model(None, x0_k.masked_fill(masked, V))
         log_q = posterior.log_gate_probs(s, masked, last, TAU)
-        recon, kl = posterior.step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h, T - t + 1), log_q, masked, last)
+        recon, kl = posterior.step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last)
         terms.append(recon - kl)                                                                    # L_t (K,)
         log_q_step.append(torch.where(opens, log_q, posterior.log_complement(log_q)).sum(-1))       # log q(r_t | z_t)
     terms, log_q_step = torch.stack(terms), torch.stack(log_q_step)                                 # (T, K)
@@ -359,7 +359,7 @@ class ScoreTable(torch.nn.Module):
         super().__init__()
         self.s = s
 
-    def forward(self, prompt, x0, T):
+    def forward(self, prompt, x0):
         return self.s.expand(len(x0), -1)
 
 
@@ -410,7 +410,7 @@ def test_gradients_stay_finite_under_bfloat16_autocast(spread):
         model.gate_head.weight *= spread
     prompt, x0 = torch.randint(9, (6, 4)), torch.randint(9, (6, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        s = order_posterior(prompt, x0, 4)
+        s = order_posterior(prompt, x0)
         objective, _ = posterior.order_objective(model, order_posterior, prompt, x0, T=4, K=4, tau=0.1, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad(objective, parameters)
     assert s.dtype == objective.dtype == torch.float32 and len(s.unique()) > 0.9 * s.numel()

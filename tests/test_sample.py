@@ -156,7 +156,7 @@ def test_every_step_is_the_order_s_choice_at_the_model_s_state(order, T):
         h, masked, now = model(prompt, z), z == model.config.mask, out.reveal_step == t
         log_p = model.log_p(h)
         tokens = log_p.argmax(-1)
-        state = State(log_p, tokens, model.gate_logits(h, T - t + 1), masked, t, T, None, None, None, past, x0)  # no noise
+        state = State(log_p, tokens, model.gate_logits(h), masked, t, T, None, None, None, past, x0)  # no noise
         assert torch.equal(now, masked & parse_order(order)(state, model.config.eos) if t < T else masked)
         assert torch.equal(tokens[now], out.tokens[now])
         past = [log_p, *past][:2]

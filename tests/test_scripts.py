@@ -220,25 +220,7 @@ def test_the_order_stage_starts_with_gates_that_differ(tmp_path):
     model = train.build_stage("denoiser", run)[0]
     assert model.gate_head.weight.abs().max() == 0
     weight = train.build_stage("order", run, model)[0].gate_head.weight
-    assert 0.05 < weight.std() < 0.11 and torch.equal(weight, weight[:1].expand_as(weight))  # the same for any number of steps left
-
-
-def test_training_draws_every_budget_and_validation_has_the_largest(tmp_path):
-    """Each budget has its own row of scores, and each number of steps left its own gates; the last step asks none."""
-    config = train.parse_config([*TINY, "--out_dir", str(tmp_path), "--T", "3"])
-    run, drawn = train.prepare(config), set()
-    model, posterior, _ = train.build_stage("order", run, train.build_stage("denoiser", run)[0])
-    prompt, x0 = run.train.prompt[:4], run.train.x0[:4]
-    for seed in range(20):
-        objective, logs = train.stage_objective("order", run, model, posterior, prompt, x0, 0.5, torch.Generator().manual_seed(seed))
-        scores, gates = torch.autograd.grad(objective, (posterior.score_head.weight, model.gate_head.weight))
-        T, = scores.abs().sum(-1).nonzero().flatten().add(1).tolist()
-        assert gates.abs().sum(-1).nonzero().flatten().add(1).tolist() == list(range(2, T + 1)) and logs["reveal_step"].max() <= T
-        drawn.add(T)
-    assert drawn == {2, 3}
-    with torch.no_grad():
-        steps = [train.stage_objective("order", run, model, posterior, prompt, x0, 0.5, torch.Generator().manual_seed(seed))[1]["q_steps"] for seed in range(20)]
-    assert min(steps) > 2
+    assert 0.05 < weight.std() < 0.11
 
 
 def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
