@@ -199,8 +199,8 @@ class Rule(NamedTuple):
 
 
 ORDERS = {
-    "learned": Rule(learned, (), ((), *((alpha,) for alpha in (0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)),
-                                  *((alpha, nats) for alpha in (0.3, 0.35, 0.4, 0.5) for nats in (0.3, 0.75, 1.0)))),
+    "learned": Rule(learned, (), ((), *((alpha,) for alpha in (0.02, 0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6)),
+                                  *((alpha, nats) for alpha in (0.02, 0.1, 0.3, 0.35, 0.4, 0.5) for nats in (0.3, 0.75, 1.0)))),
     "left_to_right": Rule(left_to_right),
     "random": Rule(random),
     "confidence": Rule(confidence),

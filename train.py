@@ -524,9 +524,9 @@ def summary(run: Run):
     benches = {name: Bench(load_checkpoint(run.path(name), run.device)[0], run.enc, items, run.config.target)
                for name in ("ckpt.pt", "control.pt") if os.path.isfile(run.path(name))}
     print(f"\n{len(items)} validation items; the learned order runs on ckpt.pt, the rules on control.pt\n{HEADER}")
-    for name in ("learned", "learned:0.3", "learned:0.5+finish", "left_to_right", "confidence", "iid", "entropy_bound:0.1"):
+    for name in ("learned", "learned:0.5+finish", "learned:0.35:0.75+finish", "left_to_right", "confidence", "iid", "entropy_bound:0.1"):
         checkpoint = "ckpt.pt" if name.startswith("learned") else "control.pt"
-        for budget in (1, 2, 3, 4, 8, run.config.answer_len) if checkpoint in benches else ():
+        for budget in (1, 2, 3, 4, 8) if checkpoint in benches else ():
             row = evaluate(benches[checkpoint], parse_order(name), budget, metric=score_of(run.config.dataset))
             print(format_row({"checkpoint": checkpoint, "budget": budget, **row}), flush=True)
 
