@@ -25,8 +25,9 @@ coherent    accurate, and no <<a=b>> is false or broken: did the parallel steps 
 steps       forward passes while a row was unfinished: mean (least - most) over rows
 flexible    right if the last number anywhere is; harness: as lm-evaluation-harness' strict-match counts
 format      share of answers without a number after `####`
-nats        with --likelihood: mean log p(true answer) of the sampler that takes this order and draws its tokens from p, over
-            the items that fit, exact for orders that don't draw; for others a mean over orders, gates not charged
+nats        with --likelihood: mean log p(true answer) of the sampler that takes this order and draws its tokens from p, over the
+            items that fit. Exact where the order draws nothing; else of one order an item, on average a lower bound. Not the
+            oracle's, which sees the answer
 equations   share of the generated <<a=b>> that are true, of those that can be read
 answers/s   at --batch_size; tokens/s in the JSON count the answer up to EOS
 p           of the learned order against the rule of highest score among those with no more mean steps,

@@ -15,11 +15,11 @@ to the network; nor is the number of steps left (tried, see assets/experiments.m
 read but not written: the token head has only V outputs.
 
 Stage 1 trains the token head with the usual masked-diffusion bound. Masking each position with
-probability t, t ~ U(0, 1),
+probability m, m ~ U(0, 1),
 
-    log p(x0 | c)  >=  E_t E_z  (1/t) sum_{i masked} log p(x0^i | z)          (MDLM, LLaDA)
+    log p(x0 | c)  >=  E_m E_z  (1/m) sum_{i masked} log p(x0^i | z)          (MDLM, LLaDA)
 
-where 1/t makes up for the t L positions that are masked on average. Each position is as likely to
+where 1/m makes up for the m L positions that are masked on average. Each position is as likely to
 be written at any time, before or after any other, so this is the bound for a uniformly random
 order. posterior.py replaces it by a learned one.
 
@@ -210,14 +210,14 @@ def trim(prompt, pad: int):
 def denoiser_elbo(model: MDM, prompt, x0, generator=None, eps: float = 1e-3):
     """Stage 1's bound on log p(x0 | c), one masking level per row: (B,), in nats per answer. The levels
     are stratified over the batch: each of B equal slices of (eps, 1) gives one, the slices dealt in turn
-    from a random first. eps keeps 1/t bounded; what it cuts off is about a thousandth of the bound."""
+    from a random first. eps keeps 1/m bounded; what it cuts off is about a thousandth of the bound."""
     B, L = x0.shape
     first = torch.randint(B, (1,), device=x0.device, generator=generator)
     u = ((torch.arange(B, device=x0.device) + first) % B + torch.rand(B, device=x0.device, generator=generator)) / B
-    t = (eps + (1 - eps) * u)[:, None]                                               # (B, 1)
-    masked = torch.rand(B, L, device=x0.device, generator=generator) < t
+    m = (eps + (1 - eps) * u)[:, None]                                               # (B, 1)
+    masked = torch.rand(B, L, device=x0.device, generator=generator) < m
     h = model(prompt, x0.masked_fill(masked, model.config.mask))
-    return (log_p_of(model, h, x0, masked) / t).sum(-1)
+    return (log_p_of(model, h, x0, masked) / m).sum(-1)
 
 
 def keep_freed_memory():

@@ -2,9 +2,9 @@
 
 sample.py asks an order at every step but the last, which reveals whatever is left. An order is named by
 
-    NAME[:KNOB][@BLOCK][+eos_last][+finish]     learned, learned:0.5:0.75+finish, confidence@8, threshold:0.9+eos_last
+    NAME[:KNOB][@BLOCK][+eos_last][+finish]     learned, learned:0.5:1+finish, confidence@8, threshold:0.9+eos_last
 
-KNOB      what an adaptive order is tuned by; two knobs are written learned:0.5:0.75
+KNOB      what an adaptive order is tuned by; two knobs are written learned:0.5:1
 @BLOCK    positions in the leftmost unfinished block of this size come first (semi-autoregressive)
 +eos_last positions whose proposed token is EOS or PAD wait until nothing else is left: confidence
           likes the end of the canvas, and would spend its first steps on it
@@ -93,12 +93,13 @@ def learned(state: State):
     """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
     has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); gates before f are closed, gates
     after f are free. With a knob nothing is drawn: every gate with alpha > knob, or else the most likely.
-    [NEW] With a second one an open gate waits while its token's H^i is above that many nats: alpha says what may go together,
+    With a second one an open gate waits while its token's H^i is above that many nats: alpha says what may go together,
     H what p can say by now. If all would wait, the one of lowest H does not."""
     logits = state.gate_logits.masked_fill(~state.front, -torch.inf)
     if state.knob:
         alpha, *nats = state.knob
         opened = or_best(logits.sigmoid() > alpha, logits, state)
+        # [NEW] open gates wait while their token is in doubt.
         H = entropy_of(state.log_p)
         return or_best(H <= nats[0], -H, replace(state, masked=opened)) if nats else opened
     log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed

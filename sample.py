@@ -54,8 +54,8 @@ def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, 
 
     A budget above L counts as L. `seeds`: one per row, 0..B-1 by default; with temperature 0 they only
     matter to orders that draw. `x0` (B, L): true answers, for the oracle and for `forced`, which writes their tokens
-    along the order instead of the model's own. If the order draws nothing, log_p is then log p(x0) of the sampler
-    that takes the same order and draws each token from p. `first` (B, L, D): the model's hidden states at the
+    along the order instead of the model's own. If the order draws nothing and does not look at x0, log_p is then
+    log p(x0) of the sampler that takes the same order and draws each token from p. `first` (B, L, D): the model's hidden states at the
     all-MASK canvas, where they are at hand (the step is counted all the same).
     Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
     order = parse_order(order) if isinstance(order, str) else order
@@ -187,7 +187,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
     parser.add_argument("--steps", default="4", help="step budget, or L, the length of the canvas")
-    parser.add_argument("--order", default="learned:0.5+finish", help=f"NAME[:KNOB][@BLOCK][+eos_last][+finish], NAME one of {', '.join(name for name in ORDERS if name != 'oracle')}")
+    parser.add_argument("--order", default="learned:0.5:1+finish", help=f"NAME[:KNOB][@BLOCK][+eos_last][+finish], NAME one of {', '.join(name for name in ORDERS if name != 'oracle')}")
     parser.add_argument("--compare", help="several orders, comma-separated, side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
     parser.add_argument("--num_samples", type=int, default=3, help="validation questions, or samples of --prompt")

@@ -94,14 +94,14 @@ def test_gates_start_mostly_closed_and_stay_finite():
 
 
 def test_denoiser_elbo_matches_the_exact_sum():
-    """E over masking of (1/t) sum log p = sum over masked sets of size m of 1 / (m C(L, m)) sum log p."""
+    """E over masking of (1/m) sum log p = sum over masked sets of so many of 1 / (size C(L, size)) sum log p."""
     L, x0 = 3, torch.tensor([[1, 0, 1]])
     model, exact = TableModel(L), 0.0
     for bits in itertools.product([False, True], repeat=L):
         masked = torch.tensor([bits])
-        if m := sum(bits):
+        if size := sum(bits):
             log_p = model.log_p(model(None, x0.masked_fill(masked, 2))).gather(-1, x0[..., None]).squeeze(-1)
-            exact += (log_p * masked).sum() / (m * math.comb(L, m))
+            exact += (log_p * masked).sum() / (size * math.comb(L, size))
     n = 200_000
     with torch.no_grad():
         draws = denoiser_elbo(model, torch.zeros(n, 0, dtype=torch.long), x0.expand(n, -1), torch.Generator().manual_seed(0))

@@ -200,7 +200,7 @@ MUTATIONS = {
     "order told the next step": ("sample.py", "masked, t, T, u", "masked, t + 1, T, u", (*REPLAY, "confidence", 4)),
     "tokens of every position written": ("sample.py", "z[rows] = torch.where(reveal, written, z[rows])",
         "z[rows] = torch.where(masked, written, z[rows])", (*REPLAY, "confidence", 4)),
-    "stage 1 without 1/t": ("model.py", "(log_p_of(model, h, x0, masked) / t).sum(-1)",
+    "stage 1 without 1/m": ("model.py", "(log_p_of(model, h, x0, masked) / m).sum(-1)",
         "log_p_of(model, h, x0, masked).sum(-1)", ("test_denoiser_elbo_matches_the_exact_sum",)),
     "stage 1 sees the answer": ("model.py", "h = model(prompt, x0.masked_fill(masked, model.config.mask))",
         "h = model(prompt, x0)", ("test_hidden_tokens_get_no_gradient",)),

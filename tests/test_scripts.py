@@ -220,7 +220,7 @@ def test_the_order_stage_starts_with_gates_that_differ(tmp_path):
     model = train.build_stage("denoiser", run)[0]
     assert model.gate_head.weight.abs().max() == 0
     weight = train.build_stage("order", run, model)[0].gate_head.weight
-    assert 0.05 < weight.std() < 0.11
+    assert 0.5 < weight.std() * 16 ** 0.5 < 1.4  # logits spread by about 0.9, whatever the width
 
 
 def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
