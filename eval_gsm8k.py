@@ -326,15 +326,14 @@ def print_means(rows: list[dict]):
 
 
 def plot_order(result: dict, path: Path):
-    """Position x step, for the same answers in the learned order and by confidence: a token stands where it
+    """Position x step, for the same answers in the learned order and by the best rule: a token stands where it
     is revealed. Below, the mean step of each kind of token."""
     from matplotlib.figure import Figure
 
     budgets = {row["budget"] for row in result["rows"]}
     budget = min(budgets, key=lambda budget: (abs(budget - 4), budget))
     at_budget = sorted((row for row in result["rows"] if row["budget"] == budget), key=lambda row: -row["score"])
-    shown = [[row for row in at_budget if row["order"].split(":")[0] == name][:1] for name in ("learned", "confidence")]
-    shown = [row for found in shown for row in found]
+    shown = [row for row in at_budget if row["order"].startswith("learned")][:1] + [row for row in at_budget if is_rule(row)][:1]
     if not shown:
         return
     n, last = len(shown[0]["examples"]) * len(shown), max(max(example["reveal_step"]) for row in shown for example in row["examples"])
@@ -347,7 +346,8 @@ def plot_order(result: dict, path: Path):
         axes.imshow(known, cmap="viridis_r", vmin=0.5, vmax=last + 1, aspect="auto", alpha=0.6)
         for position, (text, t) in enumerate(zip(tokens, step)):
             axes.text(position, t - 1, text.strip(), ha="center", va="center", fontsize=min(7, 32 / len(text)), parse_math=False)
-        axes.set(yticks=range(last), yticklabels=range(1, last + 1), xticks=[], ylabel=row["order"])
+        axes.set(yticks=range(last), yticklabels=range(1, last + 1), xticks=[])
+        axes.set_ylabel(row["order"].replace("+", "\n+"), fontsize=7)
         if row is shown[0]:
             axes.set_title(question, fontsize=9, loc="left", parse_math=False)
     kinds = [kind for kind in ("structure", "result", "operand", "operator", "final", "EOS", "PAD") if kind in shown[0]["kind_steps"]]

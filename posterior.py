@@ -16,7 +16,7 @@ NOTATION
   q_t^i    q's probability of opening gate i, given x0 and c; s^i is its score of position i, tau a temperature
 
   Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i) / (1 - prod_{i in M} (1 - alpha^i)),  r_t != 0;  r_T = 1
-  Eq. 2  tokens      p(x^i | z_t) for every position revealed at t, independently; MASK has probability 0
+  Eq. 2  tokens      p(x^i | z_t) for every position revealed at t, independently; MASK has probability 0, the head has no output for it
   Eq. 3  posterior   q_t^i = exp((s^i - max_{j in M} s^j) / tau);  q_T^i = 1
   Eq. 4  bound       log p(x0 | c) >= E_q sum_t L_t(z_t)
   Eq. 5  step term   L_t = sum_{i in M} q_t^i log p(x0^i | z_t) - KL_t

@@ -31,7 +31,7 @@ The log, and what healthy looks like (bounds and kl in nats per answer):
                    longer --kl_ramp. A frozen order: a smaller --lr_scale_posterior, or a larger --tau
     p_steps        steps used by the sampler on validation items; approaches q_steps
     eos_share      share of EOS and PAD among the positions that q reveals at steps 1..T (log.jsonl)
-    grad           gradient norm before clipping to 1; ktok/s: thousand tokens of network input a second
+    grad           gradient norm before clipping to 1; lr_factor: learning rates over their constants; ktok/s: thousand tokens of network input a second
     clipped        share of the steps since the last line whose gradient was clipped
     skipped        with --skip_nonfinite: updates left out in this stage because of NaN or inf; should not appear
 """

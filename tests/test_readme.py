@@ -1,5 +1,6 @@
 """What the README says: its commands run, its notation is the code's, its tables of files and departures are complete."""
 
+import json
 import re
 import shlex
 import shutil
@@ -63,3 +64,20 @@ def test_every_departure_is_listed():
 def test_the_table_of_files_has_their_lengths():
     table = dict(re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.M))
     assert table == {script.name: str(len(script.read_text().splitlines())) for script in ROOT.glob("*.py")}
+
+
+def test_the_results_are_those_of_the_json():
+    """Every cell of the results table, from the better denoiser of each of the three training runs."""
+    runs = []
+    for seed in range(3):
+        rows = [row for more in ("", "_more") for row in json.loads((ROOT / "assets" / f"toy_seed{seed}{more}.json").read_text())["rows"]]
+        runs.append({(row["asked"], row["budget"]): row for row in sorted(rows, key=lambda row: row["score"])})  # the best stays
+    header, _, *lines = README.split("Coherent answers, %:\n\n")[1].split("\n\n")[0].splitlines()
+    budgets = [int(cell.split()[0]) for cell in header.strip("| ").split(" | ")[1:]]
+    assert budgets == [2, 3, 4, 8, 16] and len(lines) == 9
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        asked, key, unit = (name.split(" of ")[1], "steps_mean", "{:.2f}") if name.startswith("mean steps") else (name.strip("*"), "score", "{:.1%}")
+        for budget, cell in zip(budgets, cells, strict=True):
+            numbers = [unit.format(run[asked, budget][key]).rstrip("%") for run in runs if (asked, budget) in run]
+            assert cell == (" / ".join(numbers) or "–")
