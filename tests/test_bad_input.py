@@ -76,7 +76,7 @@ BAD = {
         ("--ckpt zip.pt", "zip.pt is not a checkpoint"), ("--ckpt text.json", "not a checkpoint"), ("--steps 0", "steps must be"), ("--steps -1", "steps must be"),
         ("--steps four", "steps must be"), ("--steps 1.5", "steps must be"), ("--steps １", "steps must be"), (["--steps", ""], "steps must be"), (["--steps", "9" * 5000], "steps must be"),
         ("--order best", "unknown order 'best': choose from learned"), (["--order", ""], "unknown order ''"), (["--order", "\0"], r"unknown order '\x00'"), ("--order learned:nan", "cannot read order"),
-        ("--order threshold:1e999", "cannot read order"), ("--order learned:0.5:1", "cannot read order"), ("--order confidence@0", "cannot read order"),
+        ("--order threshold:1e999", "cannot read order"), ("--order learned:0.5:1:1", "cannot read order"), ("--order confidence@0", "cannot read order"),
         ("--order confidence+eos", "cannot read order"), ("--order oracle", "true answer"), ("--compare learned,,iid", "unknown order ''"), (["--prompt", ""], "1 to 24 tokens"),
         (["--prompt", " \r\n\t "], "1 to 24 tokens"), (["--prompt", "word " * 999], "1 to 24 tokens"), (["--prompt", "x" * MEGABYTE], "1 to 24 tokens"),
         (["--prompt", "<|mask|>" * (MEGABYTE // 8)], "1 to 24 tokens"), ("--num_samples 0", "--num_samples"), ("--num_samples 1000000000000", "--num_samples"),
