@@ -99,9 +99,10 @@ def learned(state: State):
     if state.knob:
         alpha, *nats = state.knob
         opened = or_best(logits.sigmoid() > alpha, logits, state)
-        # [NEW] open gates wait while their token is in doubt.
-        H = entropy_of(state.log_p)
-        return or_best(H <= nats[0], -H, replace(state, masked=opened)) if nats else opened
+        if nats:  # [NEW] an open gate waits while its token is in doubt
+            H = entropy_of(state.log_p)
+            opened = or_best(H <= nats[0], -H, replace(state, masked=opened))
+        return opened
     log_not = F.logsigmoid(-logits)                                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u_first)[:, None]          # (B, 1)
