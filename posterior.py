@@ -38,9 +38,10 @@ q can draw has more probability than the bare Bernoullis give it. Where nothing 
 
 Why Eq. 7 is needed. q_t^i inside L_t gives one part of the gradient for q by plain autograd. The other
 part: moving q also moves the states z_t that later steps see. L_t depends on the gates of the steps before
-t only, hence sum_{u<t}: a gate is judged by its own step's L through autograd, by the later ones through this term. The mean over the *other* orders of the same example is a baseline (leave-one-out,
-RLOO): independent of order k, so it costs no bias, and it removes what the orders of an example have in
-common, tens of nats early in training.
+t only, hence sum_{u<t}: a gate is judged by its own step's L through autograd, and by the later ones through
+this term. The mean over the *other* orders of the same example is a baseline (leave-one-out, RLOO):
+independent of order k, so it costs no bias, and it removes what the orders of an example have in common,
+tens of nats early in training.
 
 Cost. Summing over t needs T forward passes per order. But before step 1 everything is masked, whatever the
 order, so one pass gives L_1 exactly. For the rest one step t of 2..T is drawn per example, shared by its K
