@@ -216,13 +216,13 @@ def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "ac
     }
 
 
-def tune(bench: Bench, order: Order, knobs, budget: int, metric: str) -> tuple[Order, int]:
-    """The knob and the cap of highest score within `budget` steps on average; ties: fewer steps."""
+def tune(bench: Bench, order: Order, knobs, budget: int, metric: str, by: str = "score") -> tuple[Order, int]:
+    """The knob and the cap of highest score (or likelihood, `by` "nats") within `budget` steps on average; ties: fewer steps."""
     rows, L = {}, bench.model.config.answer_len
     for knob, cap in itertools.product(knobs, dict.fromkeys(min(cap, L) for cap in (budget, budget + 1, 2 * budget))):
-        row = evaluate(bench, replace(order, knob=knob), cap, metric=metric)
+        row = evaluate(bench, replace(order, knob=knob), cap, metric=metric, likelihood=by == "nats")
         if row["steps_mean"] <= budget:
-            rows[replace(order, knob=knob), cap] = row["score"], -row["steps_mean"]
+            rows[replace(order, knob=knob), cap] = row.get(by, 0), -row["steps_mean"]
     return max(rows, key=rows.get)
 
 
@@ -371,6 +371,8 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
     parser.add_argument("--metric", choices=["accuracy", "coherent"],
                         help="the score: what knobs are chosen for and figures show (coherent for the toy, accuracy for GSM8K)")
+    parser.add_argument("--tune_by", default="score", choices=["score", "nats"],
+                        help="what knobs are chosen by: the score, or the true answers' likelihood, which a weak model's few hits say less about")
     parser.add_argument("--split", default="test", choices=["val", "test"], help="what is reported; knobs are chosen on val")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of the orders that draw")
     parser.add_argument("--likelihood", action="store_true", help="also the true answers' likelihood along each order; twice the time")
@@ -449,7 +451,7 @@ def rows_of(args, bench: Bench, tuning: Bench, name: str, budget: int) -> list[d
     if budget == longest:
         choices = {str(replace(order, knob=knob)): (replace(order, knob=knob), longest) for knob in knobs}
     elif len(knobs) > 1 or order.finish:
-        choices = {name: tune(tuning, order, knobs, budget, args.metric)}
+        choices = {name: tune(tuning, order, knobs, budget, args.metric, args.tune_by)}
     else:
         choices = {name: (order, budget)}
     rows = []

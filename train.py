@@ -93,6 +93,7 @@ class Config:
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     augment: float = arg(0.0, "GSM8K: share of the training items that get other numbers, where they can, anew each epoch")
+    sort_batches: int = arg(1, "batches among which the rows are dealt by prompt length, so that less is padding; 1: at random")
     # stage 1
     max_steps_denoiser: int = arg(2400, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
@@ -132,7 +133,7 @@ class Config:
         if self.stages.split(",") != [stage for stage in STAGES if stage in self.stages.split(",")]:
             raise UserError(f"--stages {self.stages}: want some of {','.join(STAGES)}, in this order")
         minimum = dict.fromkeys(("prompt_len", "answer_len", "n_layer", "n_head", "n_embd", "train_items", "batch_size", "T",
-                                 "batch_size_order", "n_layer_posterior", "chunks", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
+                                 "batch_size_order", "n_layer_posterior", "chunks", "sort_batches", "log_every", "eval_every", "save_every", "eval_items", "table_items"), 1)
         most = {"n_layer": 1000, "n_layer_posterior": 1000, "K": 1000, "T": 10_000, "n_embd": 10**5, "prompt_len": 10**5, "answer_len": 10**5,
                 "train_items": 10**7, "n_pieces": 10**6, "chunks": min(self.batch_size, self.batch_size_order)}
         for name, least in {**minimum, "K": 2, "max_steps_denoiser": 0, "max_steps_order": 0, "n_pieces": 0}.items():
@@ -156,12 +157,13 @@ class Config:
 PRESETS = {
     "toy": {},
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards: no fixed direction is right
-    "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=4, n_head=6, n_embd=192, batch_size=16,
-                  max_steps_denoiser=2700, max_steps_order=500, batch_size_order=8, augment=0.5, lr_matrix=0.01, lr_other=2e-3,
-                  lr_scale_order=0.5, lr_scale_posterior=0.1, log_every=50, eval_every=250, eval_items=128, table_items=32),
+    # 1.7M parameters: about two hours on two CPU cores.
+    "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=64, n_layer=4, n_pieces=3072, batch_size=16, sort_batches=8, augment=0.5,
+                  max_steps_denoiser=7000, max_steps_order=1500, batch_size_order=8, log_every=50, eval_every=250, eval_items=128),
     # 16M parameters, for minutes of a GPU.
-    "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, batch_size=128, max_steps_denoiser=6000,
-                      max_steps_order=3000, batch_size_order=32, augment=0.5, lr_matrix=0.01, lr_other=1e-3, lr_scale_order=0.5, lr_scale_posterior=0.1),
+    "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, n_pieces=3072, batch_size=128,
+                      sort_batches=8, augment=0.5, max_steps_denoiser=6000, max_steps_order=3000, batch_size_order=32, lr_matrix=0.01,
+                      lr_other=1e-3, lr_scale_order=0.5, lr_scale_posterior=0.1),
     # The paper's recipe and its size (it says 170M; this is 131M, and 30M for the posterior), from random weights.
     # Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
@@ -198,26 +200,44 @@ def seed_of(*parts) -> int:
     return zlib.crc32("-".join(map(str, parts)).encode())
 
 
-def rows_at(n: int, step: int, size: int, seed: int, stage: str):
-    """Which of n rows make this step's batch: a fresh permutation each epoch, found from the step number alone."""
-    epoch, i = divmod(step, max(n // size, 1))
-    return permutation(n, seed_of(seed, stage, "epoch", epoch))[i * size : (i + 1) * size]
-
-
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def permutation(n: int, seed: int):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
+class Muon(torch.optim.Muon):
+    """Muon (Jordan 2024) for matrices. The step is torch's, but off CUDA in float32: without bfloat16 instructions torch's
+    bfloat16 takes a CPU several times as long as the rest of a training step."""
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        a, b, c = group["ns_coefficients"]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum, tall = self.state[p]["momentum_buffer"], p.shape[0] > p.shape[1]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            x = p.grad.lerp(momentum, group["momentum"])
+            x = (x.T if tall else x).to(torch.bfloat16 if p.is_cuda else torch.float32)
+            x = x / x.norm().clamp(min=group["eps"])
+            for _ in range(group["ns_steps"]):  # Newton-Schulz: the singular values of x go to about 1
+                gram = x @ x.T
+                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            p.add_(x.T if tall else x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
 def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for the matrices of the blocks, AdamW for the rest."""
+    """Muon for the matrices of the blocks, AdamW for the rest."""
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     # DEVIATION: Muon; the paper's optimizer is not known to us.
     matrices = [p for name, p in named if "blocks." in name and p.ndim == 2]
     others = [p for name, p in named if not ("blocks." in name and p.ndim == 2)]
     optimizers = [torch.optim.AdamW(others, lr=config.lr_other * scale, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0.0))
+        optimizers.append(Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0.0))
     return optimizers
 
 
@@ -281,10 +301,24 @@ def prepare(config: Config) -> Run:
                int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
+def rows_at(run: Run, stage: str, step: int, size: int):
+    """Which training rows make this step's batch: a fresh permutation each epoch, found from the step number alone. With
+    --sort_batches N the rows of N batches are dealt to them by prompt length, and less of what is computed is padding."""
+    n, N = len(run.train.x0), run.config.sort_batches
+    epoch, i = divmod(step, max(n // size, 1))
+    seed = seed_of(run.config.seed, stage, "epoch", epoch)
+    rows, first = permutation(n, seed), i // N * N
+    if N == 1:
+        return rows[i * size : (i + 1) * size]
+    rows = rows[first * size : max(min(first + N, n // size), 1) * size]
+    batches = rows[(run.train.prompt[rows] != run.enc.n_vocab - 2).sum(-1).argsort()].split(size)
+    return batches[permutation(len(batches), seed + first)[i - first]]
+
+
 def batch_at(run: Run, stage: str, step: int, size: int):
     """The batch of this step, (size, P) and (size, L), some items with other numbers. All is found from the step number alone."""
     config = run.config
-    rows = rows_at(len(run.train.x0), step, size, config.seed, stage)
+    rows = rows_at(run, stage, step, size)
     prompt, x0 = run.train.prompt[rows], run.train.x0[rows]  # copies
     for k, row in enumerate(rows.tolist()):
         rng = random.Random(seed_of(config.seed, stage, "augment", step, row))
@@ -404,7 +438,7 @@ def fit_to_apply(stage: str, run: Run, step: int, batch_size: int, counts: dict,
     objective, grad, q_steps = torch.stack([objective.detach(), grad, logs.get("q_steps", grad)]).tolist()
     finite = math.isfinite(objective) and math.isfinite(grad)
     if not finite and not run.config.skip_nonfinite:
-        rows = rows_at(len(run.train.x0), step, batch_size, run.config.seed, stage).tolist()
+        rows = rows_at(run, stage, step, batch_size).tolist()
         raise UserError(f"stage {stage}, step {step + 1}: objective {objective:g}, gradient norm {grad:g}, training rows {rows}; last resume "
                         f"point: {run.saved}; start anew with smaller --lr_matrix and --lr_other, or --resume --skip_nonfinite")
     counts["steps"] += 1
@@ -438,7 +472,7 @@ def restore(resume: dict, run: Run, steps: int, modules: list[torch.nn.Module], 
         for optimizer, state in zip(optimizers, resume["optimizers"], strict=True):
             for i, tensors in state.items():  # of the i-th parameter, if it ever had a gradient
                 p = optimizer.param_groups[0]["params"][i]
-                check_tensors(tensors, {"momentum_buffer": p} if isinstance(optimizer, torch.optim.Muon) else
+                check_tensors(tensors, {"momentum_buffer": p} if isinstance(optimizer, Muon) else
                               {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p})
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except (ValueError, TypeError, LookupError, AttributeError) as e:
