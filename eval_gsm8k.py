@@ -211,7 +211,7 @@ def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "ac
         "eos_share": [round(mean(filler[t]), 4) for t in sorted(filler)],
         "kind_steps": {kind: round(mean(values), 3) for kind, values in sorted(kind_steps.items())},
         "examples": [{"question": bench.items[i]["question"], "tokens": [token_text(token, bench.enc) for token in tokens],
-                      "reveal_step": reveal_step} for _, i, tokens, _, reveal_step in generated[:3]],
+                      "reveal_step": reveal_step} for _, i, tokens, _, reveal_step in generated[:5]],
         "correct": np.packbits(right[0]).tobytes().hex(),
     }
 

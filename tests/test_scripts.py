@@ -103,7 +103,7 @@ def test_evaluation_writes_a_row_for_every_order_budget_and_denoiser(evaluated):
     for row in rows:
         assert row["n"] == 5 and 0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 1
         assert row["steps_min"] <= row["steps_mean"] <= row["steps_max"] <= row["cap"] <= 2 * row["budget"] and row["steps_min"] >= 1
-        assert row["coherent"] <= row["accuracy"] <= row["flexible"] and len(row["examples"]) == 3
+        assert row["coherent"] <= row["accuracy"] <= row["flexible"] and len(row["examples"]) == 5
         assert row["score"] == row["coherent"] == pytest.approx(np.mean(row["score_by_seed"])) and len(row["score_by_seed"]) == (2 if row["budget"] > 1 and row["order"] in ("learned", "iid") else 1)
         assert ("p" in row) == row["order"].startswith("learned")
         assert max(example["reveal_step"][0] for example in row["examples"]) <= row["steps_max"] and len(row["eos_share"]) == row["steps_max"]
@@ -114,13 +114,13 @@ def test_a_budget_is_of_steps_on_average(trained):
     """The tuned knob and cap have the highest score of those that stay within the budget on average, by brute force."""
     model, state = eval_gsm8k.load_checkpoint(trained / "ckpt.pt")
     bench = eval_gsm8k.Bench(model, build_tokenizer(state["pieces"]), load_splits("toy", toy_sizes={"val": 12})["val"], "equations")
-    for name, budget in (("threshold", 3), ("entropy_bound", 5), ("learned", 2)):
+    for name, budget, by in (("threshold", 3, "score"), ("entropy_bound", 5, "nats"), ("learned", 2, "score")):
         knobs, caps = eval_gsm8k.ORDERS[name].sweep, (budget, budget + 1, 2 * budget)
-        order, cap = eval_gsm8k.tune(bench, parse_order(name), knobs, budget, "accuracy")
-        rows = [eval_gsm8k.evaluate(bench, replace(order, knob=knob), cap) for knob in knobs for cap in caps]
-        chosen, within = eval_gsm8k.evaluate(bench, order, cap), [row for row in rows if row["steps_mean"] <= budget]
+        order, cap = eval_gsm8k.tune(bench, parse_order(name), knobs, budget, "accuracy", by)
+        rows = [eval_gsm8k.evaluate(bench, replace(order, knob=knob), cap, likelihood=True) for knob in knobs for cap in caps]
+        chosen, within = eval_gsm8k.evaluate(bench, order, cap, likelihood=True), [row for row in rows if row["steps_mean"] <= budget]
         assert chosen["steps_mean"] <= budget and cap in caps
-        assert (chosen["score"], -chosen["steps_mean"]) == max((row["score"], -row["steps_mean"]) for row in within)
+        assert (chosen[by], -chosen["steps_mean"]) == max((row[by], -row["steps_mean"]) for row in within)
 
 
 def test_the_table_has_every_order_that_was_asked_for(trained, tmp_path, capsys):
@@ -227,6 +227,34 @@ def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
     train.main([*TINY, "--out_dir", str(tmp_path), "--freeze_denoiser"])
     before, after = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("denoiser.pt", "ckpt.pt"))
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"gate_head.weight", "gate_head.bias"}
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_is_torchs_but_for_its_rounding(shape):
+    start, gradients = torch.randn(shape), torch.randn(5, *shape)
+    ends = []
+    for kind in (torch.optim.Muon, train.Muon):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = kind([p, torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, weight_decay=0.0)  # the second never has a gradient
+        for gradient in gradients:
+            p.grad = gradient
+            optimizer.step()
+        ends.append(p.detach() - start)
+    assert (ends[0] - ends[1]).norm() < 0.02 * ends[0].norm()
+
+
+def test_batches_by_length_hold_less_padding_and_every_row_once(trained):
+    run = train.prepare(train.parse_config([*TINY, "--out_dir", str(trained)]))
+    dealt = replace(run, config=replace(run.config, sort_batches=5))
+    width = lambda run, step: train.batch_at(run, "order", step, 4)[0].shape[1]
+    for n in (4, 7, 62, 64):  # batches of 4: one; one and a rest; 15 and a rest, in groups of 5; 16, the last group has one
+        some = replace(dealt, train=replace(run.train, x0=run.train.x0[:n], prompt=run.train.prompt[:n]))
+        epochs = [torch.cat([train.rows_at(some, "order", step, 4) for step in range(e * (n // 4), (e + 1) * (n // 4))]) for e in (0, 1)]
+        assert all(len(set(rows.tolist())) == len(rows) == n // 4 * 4 for rows in epochs)
+        assert n == 4 or not torch.equal(*epochs)
+    assert sum(width(dealt, step) for step in range(48)) < sum(width(run, step) for step in range(48))
+    widths = [width(dealt, step) for step in range(5)]
+    assert widths != sorted(widths) and widths != sorted(widths)[::-1]
 
 
 def test_gsm8k_files_from_training_to_evaluation(tmp_path, capsys):
