@@ -269,12 +269,12 @@ def better_denoiser(rows: list[dict]) -> list[dict]:
 
 # --- figures -------------------------------------------------------------------------------------------
 
-def by_budget(rows: list[dict]) -> list[list[dict]]:
-    """For each budget, rising, the row of highest score of each training run."""
+def by_budget(rows: list[dict], by: str = "score") -> list[list[dict]]:
+    """For each budget, rising, the row of highest score (or whatever `by` says) of each training run."""
     best = {}
     for row in rows:
         key = (row["budget"], row["train_seed"])
-        if key not in best or row["score"] > best[key]["score"]:
+        if key not in best or row[by] > best[key][by]:
             best[key] = row
     return [[row for (b, _), row in sorted(best.items()) if b == budget] for budget in sorted({b for b, _ in best})]
 
@@ -289,30 +289,33 @@ def spread_of(rows: list[dict]) -> tuple[float, float]:
 
 
 def plot_curve(result: dict, path: Path):
-    """Score against mean steps, mean over training runs. A rule's point is the best that its variants, knobs and
-    denoisers reach at a budget, on the items that are shown: a choice that favours it."""
+    """Score against mean steps, mean over training runs, and beside it the likelihood where rows have it. A rule's point is
+    the best that its variants, knobs and denoisers reach at a budget, on the items that are shown: a choice that favours it."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    rows = result["rows"]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot(xlabel="mean steps per answer", ylabel=f"{result['meta']['args']['metric']}, %")
-    axes.set_title(result["meta"]["title"])
+    rows, metric = result["rows"], result["meta"]["args"]["metric"]
+    panels = {"score": (rows, 100, f"{metric}, %"), "nats": ([row for row in rows if "nats" in row and row["order"] != "oracle"], 1, "log p(true answer), nats")}
+    panels = {by: panel for by, panel in panels.items() if panel[0]}
+    figure = Figure(figsize=(9 * len(panels), 6), layout="constrained")
     names = sorted({parse_order(row["order"]).name for row in rows}, key=lambda name: (name != "learned", name))
-    for i, name in enumerate(names):
-        points = by_budget([row for row in rows if parse_order(row["order"]).name == name])
-        x, y = [mean_of(runs, "steps_mean") for runs in points], [100 * mean_of(runs, "score") for runs in points]
-        error = np.abs(100 * np.array([spread_of(runs) for runs in points]).T - y)                                 # (2, points)
-        style = dict(color="black", linewidth=2.5, zorder=3) if name == "learned" else \
-            dict(color=colormaps["tab20"]((i - 1) % 20), linewidth=1.2, linestyle=":" if name == "oracle" else "-")
-        label = name + " (sees the answer)" * (name == "oracle")
-        axes.errorbar(x, y, error, label=label, marker="o", markersize=4, capsize=2, **style)
-    *_, longest = by_budget([row for row in rows if is_rule(row)] or rows)
-    axes.axhline(100 * mean_of(longest, "score"), color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest[0]['budget']} steps")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=8, loc="best")
-    figure.savefig(path, dpi=150)
+    for axes, (by, (shown, unit, label)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axes.set(xlabel="mean steps per answer", ylabel=label, title=result["meta"]["title"])
+        for i, name in enumerate(names):
+            points = by_budget([row for row in shown if parse_order(row["order"]).name == name], by)
+            if not points:
+                continue
+            x, y = [mean_of(runs, "steps_mean") for runs in points], [unit * mean_of(runs, by) for runs in points]
+            style = dict(color="black", linewidth=2.5, zorder=3) if name == "learned" else \
+                dict(color=colormaps["tab20"]((i - 1) % 20), linewidth=1.2, linestyle=":" if name == "oracle" else "-")
+            error = np.abs(100 * np.array([spread_of(runs) for runs in points]).T - y) if by == "score" else None                # (2, points)
+            axes.errorbar(x, y, error, label=name + " (sees the answer)" * (name == "oracle"), marker="o", markersize=4, capsize=2, **style)
+        *_, longest = by_budget([row for row in shown if is_rule(row)] or shown, by)
+        axes.axhline(unit * mean_of(longest, by), color="0.6", linewidth=1, linestyle="--", label=f"best rule in up to {longest[0]['budget']} steps")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize=8, loc="best")
+    figure.savefig(path, dpi=150 if len(panels) == 1 else 110)
 
 
 def print_means(rows: list[dict]):
