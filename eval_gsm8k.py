@@ -369,6 +369,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
     parser.add_argument("--control", default="out/control.pt", help="the control's checkpoint; empty: none")
     parser.add_argument("--orders", default=EVERY_ORDER, help="comma-separated NAME[:KNOB][@BLOCK][+eos_last][+finish]")
+    parser.add_argument("--rules_on", default="both", choices=["both", "control"], help="which of them the rules run on; control: half the time")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="comma-separated budgets; L is the length of the canvas")
     parser.add_argument("--limit", type=int, default=0, help="first N items of the split; 0: all")
     parser.add_argument("--tune_items", type=int, default=128, help="validation items that knobs are chosen on")
@@ -471,8 +472,9 @@ def run_all(args, benches: dict[str, Bench], tuning: dict[str, Bench]) -> list[d
     longest, rank, world = benches[args.ckpt].model.config.answer_len, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     budgets = dict.fromkeys(min(parse_steps(text), longest) for text in args.steps.split(","))
     names = dict.fromkeys(text.strip() for text in args.orders.split(","))
-    jobs = [(name, budget, path) for budget in budgets for name in names for path in benches
-            if path == args.ckpt or parse_order(name).name != "learned"]
+    of_rules = list(benches) if args.rules_on == "both" else list(benches)[-1:]
+    jobs = [(name, budget, path) for budget in budgets for name in names
+            for path in ([args.ckpt] if parse_order(name).name == "learned" else of_rules)]
     found = {}
     for i in tqdm(range(rank, len(jobs), world), disable=rank > 0 or None, leave=False):
         name, budget, path = jobs[i]
@@ -516,7 +518,7 @@ def main(argv=None):
     if int(os.environ.get("RANK", 0)) > 0:
         return
     title = f"{config['dataset']}, {args.split} split, {len(items)} items"
-    print(f"{title}, {device}; each rule on the better of {' and '.join(paths)}, in %\n{HEADER}")
+    print(f"{title}, {device}; each rule on {'the better of ' + ' and '.join(paths) if args.rules_on == 'both' else paths[-1]}, in %\n{HEADER}")
     for row in better_denoiser(rows):
         print(format_row(row))
     if rows[0]["does_not_fit"]:

@@ -131,6 +131,12 @@ def test_the_table_has_every_order_that_was_asked_for(trained, tmp_path, capsys)
     assert ["learned:0.5", "ckpt"] in printed  # the control's gate head was never trained
 
 
+def test_rules_can_run_on_the_control_alone(trained, tmp_path):
+    eval_gsm8k.main(["--ckpt", str(trained / "ckpt.pt"), "--control", str(trained / "control.pt"), "--rules_on", "control", "--steps", "2", "--limit", "5",
+                     "--tune_items", "4", "--seeds", "1", "--orders", "confidence,learned:0.5", "--json", str(tmp_path / "eval.json")])
+    assert [(row["order"], Path(row["checkpoint"]).stem) for row in json.loads((tmp_path / "eval.json").read_text())["rows"]] == [("confidence", "control"), ("learned:0.5", "ckpt")]
+
+
 def test_figures_are_drawn_from_the_json_alone(evaluated, tmp_path):
     (tmp_path / "eval.json").write_text(evaluated.read_text())
     eval_gsm8k.main(["--plot", "--json", str(tmp_path / "eval.json"), "--ckpt", "absent.pt"])
