@@ -207,8 +207,8 @@ def permutation(n: int, seed: int):
 
 
 class Muon(torch.optim.Muon):
-    """Muon (Jordan 2024) for matrices. The step is torch's, but off CUDA in float32: without bfloat16 instructions torch's
-    bfloat16 takes a CPU several times as long as the rest of a training step."""
+    """Muon (Jordan 2024). The step is torch's, without weight decay, but off CUDA in float32: torch's bfloat16 takes a CPU that
+    has no instructions for it several times as long as the rest of a training step."""
 
     @torch.no_grad()
     def step(self):
