@@ -45,6 +45,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -352,7 +353,7 @@ def plot_order(result: dict, path: Path):
         axes.set(yticks=range(last), yticklabels=range(1, last + 1), xticks=[])
         axes.set_ylabel(row["order"].replace("+", "\n+"), fontsize=7)
         if row is shown[0]:
-            axes.set_title(question, fontsize=9, loc="left", parse_math=False)
+            axes.set_title(textwrap.shorten(question, 170), fontsize=9, loc="left", parse_math=False)
     kinds = [kind for kind in ("structure", "result", "operand", "operator", "final", "EOS", "PAD") if kind in shown[0]["kind_steps"]]
     for i, row in enumerate(shown):
         place = np.arange(len(kinds)) + (i - (len(shown) - 1) / 2) * 0.4

@@ -81,3 +81,29 @@ def test_the_results_are_those_of_the_json():
         for budget, cell in zip(budgets, cells, strict=True):
             numbers = [unit.format(run[asked, budget][key]).rstrip("%") for run in runs if (asked, budget) in run]
             assert cell == (" / ".join(numbers) or "–")
+
+
+def test_the_results_on_gsm8k_are_those_of_the_json():
+    """Every line of the section's table of orders, and of its table of budgets."""
+    rows = {}
+    for path in sorted((ROOT / "assets" / "gsm8k").glob("*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            config, order = result["meta"]["train_config"], row["asked"].split(":")[0]  # a learned order's knob is chosen beforehand
+            rows[config["augment"], config["max_steps_order"] if order == "learned" else 0, order, row["budget"]] = row
+    section = README.split("\n## GSM8K")[1].split("\n## ")[0]
+    _, _, *lines = section.split("at most 4 steps on average:\n\n")[1].split("\n\n")[0].splitlines()
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        order = re.match(r"[a-z_+]+", name.strip("*"))[0]
+        row = rows[0.0 if "without" in name else 0.5, (2400 if "2,400" in name else 1200) * (order == "learned"), order, 4]
+        low, high = row["ci95"]
+        assert cells == [f"{row['steps_mean']:.2f}", f"{100 * row['accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f})", f"{100 * row['equations_true']:.1f}",
+                         f"{100 * row['format_failures']:.1f}", f"{row['nats']:.1f}"]
+    header, _, *lines = section.split("by budget:\n\n")[1].split("\n\n")[0].splitlines()
+    budgets = [64 if cell == "L" else int(cell) for cell in header.strip("| ").split(" | ")[1:]]
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        for budget, cell in zip(budgets, cells, strict=True):
+            row = rows.get((0.5, 1200 * (name == "**learned**"), name.strip("*"), budget))
+            assert cell == (f"{100 * row['accuracy']:.1f}, {100 * row['equations_true']:.1f}, {100 * row['format_failures']:.0f}" if row else "–")
