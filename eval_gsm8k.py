@@ -300,7 +300,7 @@ def plot_curve(result: dict, path: Path):
     panels = {by: panel for by, panel in panels.items() if panel[0]}
     figure = Figure(figsize=(9 * len(panels), 6), layout="constrained")
     names = sorted({parse_order(row["order"]).name for row in rows}, key=lambda name: (name != "learned", name))
-    for axes, (by, (shown, unit, label)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    for axes, (by, (shown, unit, label)) in zip(figure.subplots(1, len(panels), squeeze=False, sharex=True)[0], panels.items()):
         axes.set(xlabel="mean steps per answer", ylabel=label, title=result["meta"]["title"])
         for i, name in enumerate(names):
             points = by_budget([row for row in shown if parse_order(row["order"]).name == name], by)
