@@ -220,10 +220,13 @@ def evaluate(bench: Bench, order: Order, cap: int, seeds=(0,), metric: str = "ac
 def tune(bench: Bench, order: Order, knobs, budget: int, metric: str, by: str = "score") -> tuple[Order, int]:
     """The knob and the cap of highest score (or likelihood, `by` "nats") within `budget` steps on average; ties: fewer steps."""
     rows, L = {}, bench.model.config.answer_len
-    for knob, cap in itertools.product(knobs, dict.fromkeys(min(cap, L) for cap in (budget, budget + 1, 2 * budget))):
-        row = evaluate(bench, replace(order, knob=knob), cap, metric=metric, likelihood=by == "nats")
-        if row["steps_mean"] <= budget:
-            rows[replace(order, knob=knob), cap] = row.get(by, 0), -row["steps_mean"]
+    for knob in knobs:
+        for cap in dict.fromkeys(min(cap, L) for cap in (budget, budget + 1, 2 * budget)):
+            row = evaluate(bench, replace(order, knob=knob), cap, metric=metric, likelihood=by == "nats")
+            if row["steps_mean"] <= budget:
+                rows[replace(order, knob=knob), cap] = row.get(by, 0), -row["steps_mean"]
+            if row["steps_mean"] >= budget and not order.finish:
+                break  # these orders do not look at the cap: a higher one only adds steps
     return max(rows, key=rows.get)
 
 
