@@ -65,7 +65,7 @@ from model import MDM, load_checkpoint, pick_device, trim
 from orders import ORDERS, Order, parse_order
 from sample import generate, parse_steps, token_text
 
-EVERY_ORDER = ("learned,learned+finish,left_to_right,random,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
+EVERY_ORDER = ("learned,learned+finish,left_to_right,random,dilated,confidence,margin,entropy,iid,threshold,factor,entropy_bound,"
                "low_entropy,klass,oracle,confidence@8,confidence+eos_last,iid+eos_last,threshold+eos_last,factor+eos_last,"
                "entropy_bound+eos_last,low_entropy+eos_last,entropy_bound+finish,random+finish,left_to_right+finish")
 
@@ -226,7 +226,7 @@ def tune(bench: Bench, order: Order, knobs, budget: int, metric: str, by: str = 
             if row["steps_mean"] <= budget:
                 rows[replace(order, knob=knob), cap] = row.get(by, 0), -row["steps_mean"]
             if row["steps_mean"] >= budget and not order.finish:
-                break  # these orders do not look at the cap: a higher one only adds steps
+                break  # only what may finish early can take fewer steps under a higher cap
     return max(rows, key=rows.get)
 
 

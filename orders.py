@@ -136,6 +136,17 @@ def entropy(state: State):
     return even_share(-entropy_of(state.log_p), state)
 
 
+def dilated(state: State):
+    """Places far apart first, 0, 32, 16, 48, 8, .. of 64: neighbours tell most about each other, so they should not go together
+    (after dilated unmasking, 2506.19037). [NEW] After step t, (t / T)^knob of them are open: with a knob above 1 the shares grow."""
+    L, knob = state.masked.shape[1], state.knob[0]
+    place = torch.arange(L, device=state.masked.device)
+    rank = sum((place >> bit) % 2 / 2 ** (bit + 1) for bit in range(L.bit_length()))  # the bits of the place from behind
+    done, now, T = (t**knob for t in (state.t - 1, state.t, state.T))
+    k = (state.masked.sum(-1, keepdim=True) * (now - done) / (T - done)).long().clamp(min=1)
+    return top_k(-rank.expand(state.masked.shape), state.masked, k, state.block_index)
+
+
 def oracle(state: State):
     """Highest p of the true token first. Looks at the answer, so it is no rule; greedy and evenly split, so it
     is no bound either: adaptive rules can beat it."""
@@ -208,6 +219,7 @@ ORDERS = {
     "confidence": Rule(confidence),
     "margin": Rule(margin),
     "entropy": Rule(entropy),
+    "dilated": Rule(dilated, (2.0,), ((1.0,), (1.5,), (2.0,), (3.0,))),
     "iid": Rule(iid),
     "threshold": Rule(threshold, (0.9,), ((0.3,), (0.4,), (0.5,), (0.7,), (0.8,), (0.9,), (0.95,), (0.99,))),
     "factor": Rule(factor, (1.0,), ((0.25,), (0.5,), (1.0,), (2.0,), (4.0,), (8.0,), (16.0,))),

@@ -23,7 +23,7 @@ CERTAIN = (1.0, 0.0, 0.0, 0.0, 0.0)
 VARIANTS = ["", "+eos_last", "@3", "@2+eos_last"]
 KNOBS = {"learned": [(), (0.3,), (0.6,), (0.3, 1.2), (0.1, 0.5), (0.6, 0.001)], "threshold": [(0.35,), (0.5,), (0.95,)], "factor": [(0.25,), (1.0,), (2.5,)],
          "entropy_bound": [(0.0,), (0.7,), (3.0,)], "low_entropy": [(0.3,), (1.0,), (1.4,)],
-         "klass": [(0.1, 0.2), (0.5, 0.02), (0.5, 0.5)]}
+         "dilated": [(1.0,), (2.0,), (3.0,)], "klass": [(0.1, 0.2), (0.5, 0.02), (0.5, 0.5)]}
 
 # Distributions over V tokens. Positions with the same one tie in every score, and some tie in confidence alone.
 # Other scores, and the knobs above, lie far enough apart that float32 orders them as exact numbers are ordered.
@@ -125,6 +125,15 @@ def assert_best_of_an_even_share(name, variant, score):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_left_to_right_takes_the_leftmost(variant):
     assert_best_of_an_even_share("left_to_right", variant, lambda row, i: -i)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dilated_takes_places_far_apart_and_more_at_every_step(variant):
+    bits_from_behind = lambda i: f"{i:010b}"[::-1]
+    for row, may, (knob,), found in cases("dilated", variant):
+        done, now, end = ((t**int(knob) for t in (row.t - 1, row.t, row.T)))
+        share = max(1, len(may) * (now - done) // (end - done))
+        assert found == sorted(sorted(may, key=lambda i: (i // row.block, bits_from_behind(i)))[:share])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -25,7 +25,7 @@ KNOB = {"entropy_bound": ":0.5", "low_entropy": ":0.5", "klass": ":0.5:0.5"}
 RULES = [*(name + KNOB.get(name, "") for name in ORDERS), "learned:0.5", "learned:0.3:0.5"]
 EVERY_ORDER = [rule + variant for rule in RULES for variant in ("", "+eos_last", "@2", "@3+eos_last")]
 DRAWN = ("learned", "random", "iid")
-WHOLE_BUDGET = ("left_to_right", "random", "confidence", "margin", "entropy", "oracle")
+WHOLE_BUDGET = ("left_to_right", "random", "dilated", "confidence", "margin", "entropy", "oracle")
 
 
 def prompts(n):
@@ -160,6 +160,11 @@ def test_every_step_is_the_order_s_choice_at_the_model_s_state(order, T):
         assert torch.equal(now, masked & parse_order(order)(state, model.config.eos) if t < T else masked)
         assert torch.equal(tokens[now], out.tokens[now])
         past = [log_p, *past][:2]
+
+
+def test_dilated_takes_more_at_every_step():
+    found = generate(TableModel(L=16), prompts(1), 4, "dilated").reveal_step[0].tolist()
+    assert found == [1, 3, 3, 4, 2, 4, 3, 4, 2, 4, 3, 4, 2, 4, 3, 4]
 
 
 def test_left_to_right_splits_evenly():
