@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from data import UserError, replacing
 
-SCHEMA = 2  # of checkpoint files
+SCHEMA = 3  # of checkpoint files
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ class MDM(nn.Module):
         self.trunk = Trunk(config)
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.gate_head = nn.Linear(config.n_embd, 1)
+        self.gate_head.place = nn.Parameter(torch.zeros(config.answer_len))  # a bias for each place; see train.py, place_gates
         nn.init.zeros_(self.token_head.weight)
         nn.init.zeros_(self.gate_head.weight)
         nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 until the order stage
@@ -190,9 +191,9 @@ class MDM(nn.Module):
         return self.token_head(h).float().log_softmax(-1)
 
     def gate_logits(self, h):
-        """logit of alpha, float32: (..., D) -> (...). Soft-capped at +-15 so that every log stays finite."""
+        """logit of alpha, float32: (..., L, D) -> (..., L). Soft-capped at +-15 so that every log stays finite."""
         # DEVIATION: gates are soft-capped.
-        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
+        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias + self.gate_head.place
         return 15 * torch.tanh(logits / 15)
 
 

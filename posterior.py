@@ -67,25 +67,32 @@ from model import MDM, ModelConfig, Trunk, log_p_of
 class OrderPosterior(nn.Module):
     """s_phi: reads the clean answer and scores every position; a higher score is revealed earlier."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, start=None):
+        """`start` (L,): scores to begin with, those of a rule by place. None: 0."""
         super().__init__()
         self.trunk = Trunk(config)
         self.score_head = nn.Linear(config.n_embd, 1, bias=False)
-        nn.init.normal_(self.score_head.weight, std=0.01)  # scores spread by about tau: gates soft, not all open
+        self.register_buffer("start", torch.zeros(config.answer_len) if start is None else start)
+        # Scores spread by about tau: gates soft, not all open. On top of a rule by a tenth of it.
+        nn.init.normal_(self.score_head.weight, std=0.01 if start is None else 0.001)
 
     def forward(self, prompt, x0):
         """prompt (B, P'), x0 (B, L) -> scores s (B, L), float32."""
         h = self.trunk(prompt, x0).float()
-        return (h * self.score_head.weight).sum(-1)  # not a matmul: autocast would round it to bfloat16 and tie scores
+        return (h * self.score_head.weight).sum(-1) + self.start  # not a matmul: autocast would round it to bfloat16 and tie scores
 
 
 # --- Eq. 3: gates from scores ---------------------------------------------------------------------
 
-def log_gate_probs(s, masked, last, tau: float):
+def log_gate_probs(s, masked, last, tau: float, plateau: float = 0.0):
     """Eq. 3: log q_t^i (..., L). Where there is nothing to decide (position already revealed, or
-    the last step) it is 0, that is q = 1. `masked` (..., L) bool, `last` bool broadcastable to it."""
+    the last step) it is 0, that is q = 1. `masked` (..., L) bool, `last` bool broadcastable to it.
+    With a plateau in 0..1, q = e / (1 - plateau (1 - e)) for Eq. 3's e: about 1 within some tau of the best."""
     top = s.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)         # max over M; -inf where M is empty
-    return ((s - top) / tau).masked_fill(~masked | last, 0.0)
+    log_e = ((s - top) / tau).masked_fill(~masked | last, 0.0)
+    # [NEW] With e alone a step cannot open a group of places unless their scores are the same to a few hundredths of tau: what is
+    # left of the group by chance is best in the next step, and has it for itself.
+    return log_e - torch.log1p(plateau * torch.expm1(log_e))
 
 
 def log_complement(log_q):
@@ -97,26 +104,26 @@ def log_complement(log_q):
 
 
 @torch.no_grad()
-def sample_orders(s, K: int, T: int, tau: float, generator=None):
+def sample_orders(s, K: int, T: int, tau: float, generator=None, plateau: float = 0.0):
     """K orders per example from Eq. 3: s (B, L) -> reveal_step (B, K, L), the step in 1..T that
     reveals each position. It holds the whole path: masked at t = (reveal_step >= t), r_t = (== t)."""
     s = s[:, None].expand(-1, K, -1)                                        # (B, K, L)
     reveal_step = torch.full(s.shape, T, device=s.device)
     for t in range(1, T):  # what is left after step T-1 is revealed at T
         masked = reveal_step >= t
-        q = log_gate_probs(s, masked, False, tau).exp()
+        q = log_gate_probs(s, masked, False, tau, plateau).exp()
         opens = torch.rand(s.shape, device=s.device, dtype=s.dtype, generator=generator) < q
         reveal_step[masked & opens] = t
     return reveal_step
 
 
-def log_q_before(s, reveal_step, t, T: int, tau: float):
+def log_q_before(s, reveal_step, t, T: int, tau: float, plateau: float = 0.0):
     """log q(r_1 .. r_{t-1}), the part of the path that led to z_t: (B, K).
     s (B, L), reveal_step (B, K, L), t (B,) in 1..T."""
     total = torch.zeros(reveal_step.shape[:2], device=s.device, dtype=s.dtype)
     for u in range(1, T):
         masked, opens = reveal_step >= u, reveal_step == u                  # (B, K, L)
-        log_q = log_gate_probs(s[:, None], masked, False, tau)
+        log_q = log_gate_probs(s[:, None], masked, False, tau, plateau)
         log_q_r = torch.where(opens, log_q, log_complement(log_q)).sum(-1)  # log q(r_u | z_u)
         total = total + log_q_r * (u < t)[:, None]
     return total
@@ -147,25 +154,27 @@ def leave_one_out(value):
 
 
 def order_objective(model: MDM, posterior: OrderPosterior, prompt, x0, *, T: int, K: int, tau: float,
-                    kl_weight: float = 1.0, generator=None):
+                    kl_weight: float = 1.0, plateau: float = 0.0, token_baseline: float = 0.0, generator=None):
     """Eq. 4 estimated at step 1 and one random later step of each example, with the gradient of Eq. 7: draws
     K orders and a step, then calls objective_at. prompt (B, P'), x0 (B, L). Returns what objective_at returns."""
     B = len(x0)
     s = posterior(prompt, x0)                                               # (B, L)
-    reveal_step = sample_orders(s, K, T, tau, generator)                    # (B, K, L)
+    reveal_step = sample_orders(s, K, T, tau, generator, plateau)                    # (B, K, L)
     # DEVIATION: stratified. Any T-1 examples in a row see each later step once, and each alone a uniform one.
     later = max(T - 1, 1)
     first = torch.randint(later, (1,), device=x0.device, generator=generator)
     t = 2 + (torch.arange(B, device=x0.device) + first) % later             # (B,); T = 1 has no later step, and gives it weight 0
-    return objective_at(model, s, prompt, x0, reveal_step, t, T=T, tau=tau, kl_weight=kl_weight)
+    return objective_at(model, s, prompt, x0, reveal_step, t, T=T, tau=tau, kl_weight=kl_weight, plateau=plateau, token_baseline=token_baseline)
 
 
-def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: float, kl_weight: float = 1.0):
+def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: float, kl_weight: float = 1.0, plateau: float = 0.0,
+                 token_baseline: float = 0.0):
     """Eq. 5-7 at step 1 and at the states that step t (B,) in 2..T of the orders reveal_step (B, K, L) starts from.
 
     Returns the objective to maximise (scalar) and a dict of detached tensors: `elbo`, `recon`, `kl`
     in nats per answer (kl_weight not applied), `q_entropy` of the gates in nats per step, `q_steps`
-    used by the orders, `reveal_step`. kl_weight > 0 weights the KL in q's gradient, not in p's."""
+    used by the orders, `reveal_step`. kl_weight > 0 weights the KL in q's gradient, not in p's; token_baseline
+changes the objective by what is constant in expectation, and so no expected gradient."""
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     K = reveal_step.shape[1]
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)        # (B, 1+K)
@@ -175,17 +184,21 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     z = x0_k.masked_fill(masked, model.config.mask)
 
     h = model(prompt, z.flatten(0, 1)).unflatten(0, (-1, 1 + K))                            # (B, 1+K, L, D)
-    log_q = log_gate_probs(s[:, None], masked, last, tau)
+    log_q = log_gate_probs(s[:, None], masked, last, tau, plateau)
     # [NEW] q maximises recon - kl_weight * kl, p recon - kl: the gates keep their value, their gradient is divided by kl_weight.
     gates = model.gate_logits(h)
     gates = torch.lerp(gates.detach(), gates, 1 / kl_weight)
-    recon, kl = step_terms(log_p_of(model, h, x0_k, masked), gates, log_q, masked, last)
+    log_p = log_p_of(model, h, x0_k, masked)
+    recon, kl = step_terms(log_p, gates, log_q, masked, last)
     step_elbo = recon - kl_weight * kl                                      # Eq. 5: L_1, L_t^1 .. L_t^K
+    # [NEW] Every token is revealed once, so sum_t q_t^i has mean 1, and a constant per token, here a share of its nats at the all-MASK
+    # state, can be left out of all steps. Without it a step looks bad that has many tokens to pay, though others then have few.
+    step_elbo = step_elbo - token_baseline * (log_q.exp() * masked * log_p[:, :1].detach()).sum(-1)
 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is a
     # constant in it: what L_t itself contributes to the gradient already stands in step_elbo.
     advantage = leave_one_out(step_elbo[:, 1:].detach())                    # (B, K)
-    surrogate = advantage * log_q_before(s, reveal_step, t, T, tau)
+    surrogate = advantage * log_q_before(s, reveal_step, t, T, tau, plateau)
 
     def all_steps(term):  # L_1 + (T - 1) L_t, mean over orders and examples
         return (term[:, 0] + (T - 1) * term[:, 1:].mean(1)).mean()

@@ -60,7 +60,7 @@ from tqdm import tqdm
 from data import DATASETS, TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits, replacing
 from eval_gsm8k import HEADER, Bench, evaluate, format_row, score_of, versions
 from model import MDM, ModelConfig, check_tensors, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
-from orders import parse_order
+from orders import bits_from_behind, parse_order
 from posterior import OrderPosterior, order_objective
 from sample import generate
 
@@ -106,8 +106,13 @@ class Config:
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.1, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.03, "and at its end")
+    plateau: float = arg(0.0, "0..1: how flat q's gates are near the best one; 0: Eq. 3 itself")
+    start_gap: float = arg(0.0, "scores of `dilated`'s groups of places, with which q begins, lie this far apart; 0: q begins with noise")
+    place_gates: bool = arg(False, "the gate head has a learned bias for each place, which hidden states need not tell")
+    token_baseline: float = arg(0.0, "share of a token's nats at the all-MASK state that no step of the order is charged for")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight grows from 0.1 to 1")
     lr_scale_order: float = arg(1.0, "denoiser's learning rates after stage 1, over stage 1's")
+    lr_scale_gates: float = arg(1.0, "gate head's learning rate, over stage 1's")
     lr_scale_posterior: float = arg(0.15, "posterior's learning rates, over stage 1's")
     n_layer_posterior: int = arg(2, "blocks of the posterior network")
     freeze_denoiser: bool = arg(False, "order stage: train gate head and posterior only")
@@ -141,11 +146,13 @@ class Config:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
             if getattr(self, name) > most.get(name, 10**9):
                 raise UserError(f"--{name} must be at most {most.get(name, 10**9)}, got {getattr(self, name)}")
-        for name in ("tau", "tau_end", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_posterior", "cooldown", "save_minutes"):
+        for name in ("tau", "tau_end", "lr_matrix", "lr_other", "lr_scale_order", "lr_scale_gates", "lr_scale_posterior", "cooldown", "save_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.kl_ramp <= 1 or self.cooldown > 1:
             raise UserError(f"--kl_ramp and --cooldown are shares of a stage, at most 1, got {self.kl_ramp} and {self.cooldown}")
+        if not 0 <= self.plateau < 1 or not 0 <= self.start_gap < math.inf or not 0 <= self.token_baseline < math.inf:
+            raise UserError(f"need --plateau from 0 to below 1, --start_gap and --token_baseline of at least 0, got {self.plateau}, {self.start_gap} and {self.token_baseline}")
         if not 0 <= self.augment <= 1:
             raise UserError(f"--augment must be from 0 to 1, got {self.augment}")
         if self.augment and (self.dataset.startswith("toy") or self.target == "full"):
@@ -159,12 +166,13 @@ PRESETS = {
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards: no fixed direction is right
     # 1.7M parameters: an hour and a half on one of two CPU cores.
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=64, n_layer=4, n_pieces=3072, batch_size=16, sort_batches=8, augment=0.5,
-                  max_steps_denoiser=7000, max_steps_order=1200, batch_size_order=8, tau_end=0.1, kl_ramp=0.0, lr_scale_order=0.5,
-                  lr_scale_posterior=0.01, log_every=50, eval_every=250, eval_items=128),
+                  max_steps_denoiser=7000, max_steps_order=1200, batch_size_order=8, tau_end=0.1, kl_ramp=0.2, lr_scale_order=0.5,
+                  lr_scale_posterior=0.01, lr_scale_gates=5.0, plateau=0.99, start_gap=1.0, place_gates=True, token_baseline=0.55, log_every=50, eval_every=250, eval_items=128),
     # 16M parameters, for minutes of a GPU.
     "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, n_pieces=3072, batch_size=128,
-                      sort_batches=8, augment=0.5, max_steps_denoiser=6000, max_steps_order=3000, batch_size_order=32, tau_end=0.1, kl_ramp=0.0,
-                      lr_matrix=0.01, lr_other=1e-3, lr_scale_order=0.5, lr_scale_posterior=0.01),
+                      sort_batches=8, augment=0.5, max_steps_denoiser=6000, max_steps_order=3000, batch_size_order=32, tau_end=0.1, kl_ramp=0.2,
+                      lr_matrix=0.01, lr_other=1e-3, lr_scale_order=0.5, lr_scale_posterior=0.01, lr_scale_gates=5.0, plateau=0.99, start_gap=1.0,
+                      place_gates=True, token_baseline=0.55),
     # The paper's recipe and its size (it says 170M; this is 131M, and 30M for the posterior), from random weights.
     # Its optimizer settings are unknown to us.
     "gsm8k_aug": dict(dataset="gsm8k-aug", prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, batch_size=256,
@@ -236,10 +244,8 @@ def make_optimizers(modules: list[torch.nn.Module], config: Config, scale: float
     # DEVIATION: Muon; the paper's optimizer is not known to us.
     matrices = [p for name, p in named if "blocks." in name and p.ndim == 2]
     others = [p for name, p in named if not ("blocks." in name and p.ndim == 2)]
-    optimizers = [torch.optim.AdamW(others, lr=config.lr_other * scale, betas=(0.9, 0.98), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0.0))
-    return optimizers
+    adamw = [torch.optim.AdamW(others, lr=config.lr_other * scale, betas=(0.9, 0.98), weight_decay=0.0)] if others else []
+    return adamw + ([Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0.0)] if matrices else [])
 
 
 def lr_factor(step: int, steps: int, cooldown: float) -> float:
@@ -354,7 +360,7 @@ def stage_objective(stage: str, run: Run, model: MDM, posterior: OrderPosterior 
     # t's positions to step t+1, among those that were meant to wait for them.
     tau = config.tau * (config.tau_end / config.tau) ** progress
     objective, logs = order_objective(model, posterior, prompt, x0, T=config.T, K=config.K, tau=tau,
-                                      kl_weight=kl_weight, generator=generator)
+                                      kl_weight=kl_weight, plateau=config.plateau, token_baseline=config.token_baseline, generator=generator)
     return objective, logs
 
 
@@ -417,12 +423,17 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
             raise UserError(f"{run.path('denoiser.pt')} has other sizes or another tokenizer: pass the flags that it was trained with, or train it too")
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
-    posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior)).to(run.device)
+    start = None
+    if config.start_gap:  # [NEW] q begins as `dilated`: after step t, (t / T)^2 of the places
+        rank = bits_from_behind(config.answer_len).argsort().argsort() + 1
+        start = -config.start_gap * torch.ceil(config.T * (rank / config.answer_len) ** 0.5)
+    posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior), start).to(run.device)
     # [NEW] Gates that differ at random from place to place, their logits spread by 0.9: a rule for q to lean to (posterior.py, "Ties").
     torch.nn.init.normal_(model.gate_head.weight, std=0.08 * (128 / config.n_embd) ** 0.5)
     for name, p in model.named_parameters():
-        p.requires_grad = name.startswith("gate_head") or not config.freeze_denoiser
-    return model, posterior, make_optimizers([model], config, config.lr_scale_order) + make_optimizers([posterior], config, config.lr_scale_posterior)
+        p.requires_grad = config.place_gates if name == "gate_head.place" else name.startswith("gate_head") or not config.freeze_denoiser
+    return model, posterior, make_optimizers([model.trunk, model.token_head], config, config.lr_scale_order) + \
+        make_optimizers([model.gate_head], config, config.lr_scale_gates) + make_optimizers([posterior], config, config.lr_scale_posterior)
 
 
 # --- numbers that go wrong, and resume points ------------------------------------------------------------

@@ -46,6 +46,7 @@ def suite_on(path, broken, patch):
     return types.SimpleNamespace(**{name: value for user in users for name, value in vars(user).items()})
 
 
+LEFT_OUT = ("test_gradient_is_exact_whatever_share_of_a_token_is_left_out", 3, 3)
 GRADIENT = ("test_gradient_is_exact_in_expectation", 3, 3, 2)
 TRAJECTORY = ("test_trajectory_gradient_is_exact_in_expectation", 3, 3, 2)
 RAO_BLACKWELL = ("test_rao_blackwellised_elbo_is_the_elbo", 3, 2)
@@ -96,6 +97,9 @@ MUTATIONS = {
     "advantage not detached": ("posterior.py", "leave_one_out(step_elbo[:, 1:].detach())", "leave_one_out(step_elbo[:, 1:])", GRADIENT),
     "best score detached": ("posterior.py", ".amax(-1, keepdim=True)   ", ".amax(-1, keepdim=True).detach()   ", GRADIENT),
     "baseline includes its own sample": ("posterior.py", BASELINE, "value - value.mean(1, keepdim=True)", GRADIENT),
+    "what a token costs by now is left out": ("posterior.py", "log_p[:, :1].detach()", "log_p.detach()", LEFT_OUT),
+    "what a token costs is not held constant": ("posterior.py", "log_p[:, :1].detach()", "log_p[:, :1]", LEFT_OUT),
+    "left out of the later steps only": ("posterior.py", "token_baseline * (log_q.exp() * masked", "token_baseline * (step[..., None] > 1) * (log_q.exp() * masked", LEFT_OUT),
     "baseline across examples": ("posterior.py", "value.mean(1, keepdim=True)", "value.mean()", ROWS),
     "sum for mean": ("posterior.py", OBJECTIVE, OBJECTIVE.replace("mean", "sum"), GRADIENT),
     "score term of one step": ("posterior.py", OBJECTIVE, OBJECTIVE.replace("(T - 1) * ", ""), GRADIENT),

@@ -4,6 +4,7 @@ The equations are those of posterior.py. test_mutations.py breaks posterior.py i
 the tests of this file on what is left, to show that they can fail."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ def close(a, b, tolerance=1e-10):
     return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def two_steps(model, s, x0, chosen, t, T):
+def two_steps(model, s, x0, chosen, t, T, **flags):
     """The objective that train.py maximises, for one example whose K orders are `chosen`, at steps 1 and t."""
     return posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([x0]), torch.tensor([chosen]),
-                                  torch.tensor([t]), T=T, tau=TAU)
+                                  torch.tensor([t]), T=T, tau=TAU, **flags)
 
 
 def step_logs(model, s, x0, order, t, T):
@@ -314,6 +315,18 @@ def test_gradient_is_exact_in_expectation(L, T, K):
     """Pathwise plus surrogate, summed over all K-tuples of orders and all later steps, is autograd through
     the enumerated ELBO, for theta and for phi. This is the form that train.py uses."""
     assert_gradient_is_exact(two_steps, L, T, K, later_steps(T))
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_gradient_is_exact_whatever_share_of_a_token_is_left_out(L, T):
+    """And the objective, which that share shifts, has the same expectation but for sum_i c^i."""
+    estimator = partial(two_steps, token_baseline=0.6)
+    assert_gradient_is_exact(estimator, L, T, 2, later_steps(T))
+    model, s, x0, law = TableModel(L), scores(L), X0[L], possible_orders(scores(L), T)
+    shift = sum(q * (two_steps(model, s, x0, [o, o], t, T)[0] - estimator(model, s, x0, [o, o], t, T)[0]) / len(later_steps(T))
+                for o, q in law.items() for t in later_steps(T))
+    masked = torch.ones(1, L, dtype=torch.bool)
+    assert close(shift, 0.6 * log_p_of(model, model(None, torch.full((1, L), V)), torch.tensor([x0]), masked).sum())
 
 
 @pytest.mark.parametrize("K", [2, 3])
