@@ -173,7 +173,8 @@ class MDM(nn.Module):
         self.trunk = Trunk(config)
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.gate_head = nn.Linear(config.n_embd, 1)
-        self.gate_head.place = nn.Parameter(torch.zeros(config.answer_len))  # a bias for each place; see train.py, place_gates
+        # [NEW] A bias for each place, learned with --place_gates: hidden states of a denoiser need not tell their place.
+        self.gate_head.place = nn.Parameter(torch.zeros(config.answer_len))
         nn.init.zeros_(self.token_head.weight)
         nn.init.zeros_(self.gate_head.weight)
         nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 until the order stage

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 SIZES = [(3, 1), (3, 2), (3, 3), (4, 2)]  # (L, T)
 V, TAU = 2, 0.5
+PLATEAU = 0.0  # of q's gates
 X0 = {3: (1, 0, 1), 4: (1, 0, 1, 1)}
 
 
@@ -100,7 +101,8 @@ def q_gates(s, order, t, T, tau=TAU):
     if t == T:
         return {i: torch.ones((), dtype=s.dtype) for i in left}
     top = max(left, key=lambda i: s[i].item())
-    return {i: torch.exp((s[i] - s[top]) / tau) for i in left}
+    e = {i: torch.exp((s[i] - s[top]) / tau) for i in left}
+    return {i: e[i] / (1 - PLATEAU * (1 - e[i])) for i in left}
 
 
 def q_step(s, order, t, T, tau=TAU):

@@ -46,6 +46,7 @@ def suite_on(path, broken, patch):
     return types.SimpleNamespace(**{name: value for user in users for name, value in vars(user).items()})
 
 
+PLATEAU = ("test_gradient_is_exact_with_a_plateau", 3, 3)
 LEFT_OUT = ("test_gradient_is_exact_whatever_share_of_a_token_is_left_out", 3, 3)
 GRADIENT = ("test_gradient_is_exact_in_expectation", 3, 3, 2)
 TRAJECTORY = ("test_trajectory_gradient_is_exact_in_expectation", 3, 3, 2)
@@ -53,7 +54,7 @@ RAO_BLACKWELL = ("test_rao_blackwellised_elbo_is_the_elbo", 3, 2)
 STEP_KL = ("test_step_kl_is_the_kl_between_the_two_laws_of_the_gates", 3, 2)
 GATES = ("test_gates_are_a_law_on_nonempty_sets", None)
 LOG_Q = ("test_log_q_matches_the_scalar_definition", 3, 3)
-ORDER_LAW = ("test_orders_are_drawn_from_q", 3, 3)
+ORDER_LAW = ("test_orders_are_drawn_from_q", 3, 3, 0.0)
 DRAWN = ("test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient", 3, 3)
 ROWS = ("test_a_batch_is_the_mean_of_its_rows",)
 FINITE = ("test_gradients_stay_finite", [1e4, -1e4, 0.0])
@@ -97,6 +98,10 @@ MUTATIONS = {
     "advantage not detached": ("posterior.py", "leave_one_out(step_elbo[:, 1:].detach())", "leave_one_out(step_elbo[:, 1:])", GRADIENT),
     "best score detached": ("posterior.py", ".amax(-1, keepdim=True)   ", ".amax(-1, keepdim=True).detach()   ", GRADIENT),
     "baseline includes its own sample": ("posterior.py", BASELINE, "value - value.mean(1, keepdim=True)", GRADIENT),
+    "plateau of the wrong sign": ("posterior.py", "log_e - torch.log1p(plateau", "log_e + torch.log1p(plateau", PLATEAU),
+    "orders drawn without the plateau": ("posterior.py", "log_gate_probs(s, masked, False, tau, plateau)", "log_gate_probs(s, masked, False, tau)",
+                                         ("test_orders_are_drawn_from_q", 3, 3, 0.8)),
+    "log q before t without the plateau": ("posterior.py", "log_gate_probs(s[:, None], masked, False, tau, plateau)", "log_gate_probs(s[:, None], masked, False, tau)", PLATEAU),
     "what a token costs by now is left out": ("posterior.py", "log_p[:, :1].detach()", "log_p.detach()", LEFT_OUT),
     "what a token costs is not held constant": ("posterior.py", "log_p[:, :1].detach()", "log_p[:, :1]", LEFT_OUT),
     "left out of the later steps only": ("posterior.py", "token_baseline * (log_q.exp() * masked", "token_baseline * (step[..., None] > 1) * (log_q.exp() * masked", LEFT_OUT),

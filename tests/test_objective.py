@@ -5,6 +5,7 @@ the tests of this file on what is left, to show that they can fail."""
 
 import itertools
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import posterior
+import tables
 from model import MDM, ModelConfig, log_p_of
 from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint, log_p_marginal, orders, plain_step,
                     possible_orders, q_gates, q_of, q_step, scores)
@@ -91,11 +93,13 @@ def test_log_q_matches_the_scalar_definition(L, T):
             assert close(log_q, q_of(s, o, T, until=min(t, max(o) + 1)).log())
 
 
+@pytest.mark.parametrize("plateau", [0.0, 0.8])
 @pytest.mark.parametrize("L, T", SIZES)
-def test_orders_are_drawn_from_q(L, T):
+def test_orders_are_drawn_from_q(L, T, plateau):
     s, n = scores(L).detach(), 100_000
-    drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0))[0]
-    law = possible_orders(s, T)
+    drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0), plateau)[0]
+    with patch.object(tables, "PLATEAU", plateau):
+        law = possible_orders(s, T)
     seen = {o: (drawn == torch.tensor(o)).all(-1).sum().item() for o in law}
     assert sum(seen.values()) == n  # nothing outside the law
     chi2 = sum((seen[o] - n * q) ** 2 / (n * q) for o, q in law.items())
@@ -315,6 +319,23 @@ def test_gradient_is_exact_in_expectation(L, T, K):
     """Pathwise plus surrogate, summed over all K-tuples of orders and all later steps, is autograd through
     the enumerated ELBO, for theta and for phi. This is the form that train.py uses."""
     assert_gradient_is_exact(two_steps, L, T, K, later_steps(T))
+
+
+@pytest.mark.parametrize("L, T", SIZES)
+def test_gradient_is_exact_with_a_plateau(L, T):
+    with patch.object(tables, "PLATEAU", 0.8):
+        s = scores(L)
+        assert_gradient_is_exact(partial(two_steps, plateau=0.8), L, T, 2, later_steps(T))
+        for o in possible_orders(s, T):
+            log_q = posterior.log_q_before(s[None], torch.tensor([[o]]), torch.tensor([T]), T, TAU, 0.8)
+            assert close(log_q, q_of(s, o, T, until=min(T, max(o) + 1)).log())
+
+
+def test_a_plateau_opens_a_group_of_nearly_equal_scores_together():
+    s = torch.tensor([[0.0, -0.05, -0.03, -1.0, -1.02]])
+    drawn = posterior.sample_orders(s, 1000, 4, 0.1, torch.Generator().manual_seed(0), plateau=0.99)[0]
+    assert (drawn == torch.tensor([1, 1, 1, 2, 2])).all(-1).float().mean() > 0.95
+    assert (posterior.sample_orders(s, 1000, 4, 0.1, torch.Generator().manual_seed(0))[0] == torch.tensor([1, 1, 1, 2, 2])).all(-1).float().mean() < 0.5
 
 
 @pytest.mark.parametrize("L, T", SIZES)

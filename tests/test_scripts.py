@@ -22,6 +22,8 @@ import train
 from data import UserError, build_tokenizer, decode, frequent_pieces, load_splits, to_target, toy_split
 from model import load_checkpoint
 from orders import parse_order
+from posterior import sample_orders
+from sample import generate
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--train_items 64 --n_layer 1 --n_embd 16 --n_head 2 --max_steps_denoiser 12 --max_steps_order 12 --batch_size 4 "
@@ -227,6 +229,21 @@ def test_the_order_stage_starts_with_gates_that_differ(tmp_path):
     assert model.gate_head.weight.abs().max() == 0
     weight = train.build_stage("order", run, model)[0].gate_head.weight
     assert 0.5 < weight.std() * 16 ** 0.5 < 1.4  # logits spread by about 0.9, whatever the width
+
+
+def test_the_order_stage_can_start_at_dilated(tmp_path):
+    run = train.prepare(train.parse_config([*TINY, "--out_dir", str(tmp_path), "--start_gap", "2", "--T", "3"]))
+    model = train.build_stage("denoiser", run)[0]
+    posterior = train.build_stage("order", run, model)[1]
+    dilated = generate(model, run.train.prompt[:2], 3, "dilated").reveal_step
+    drawn = sample_orders(posterior(run.train.prompt[:2], run.train.x0[:2]), 1, 3, 0.1, plateau=0.99)[:, 0]
+    assert (drawn == dilated).float().mean() > 0.9 and posterior.start.tolist() == (-2 * dilated[0]).tolist()
+
+
+def test_gates_learn_their_places_where_asked(tmp_path):
+    train.main([*TINY, "--out_dir", str(tmp_path), "--freeze_denoiser", "--place_gates"])
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]["gate_head.place"].abs().min() > 0
+    assert torch.load(tmp_path / "control.pt", weights_only=True)["model"]["gate_head.place"].abs().max() == 0
 
 
 def test_freezing_the_denoiser_trains_gate_head_and_posterior_only(tmp_path):
