@@ -54,6 +54,10 @@ better. q can sit on that saddle. Going by values (the larger one first) does no
 cannot know which place holds which, so the KL wears such a rule down; a rule by place survives. So p gets one to begin
 with, gates that start at random (train.py), and learns them at full weight while q's KL is still weighted down.
 
+Groups. Eq. 3 opens several places together only where their scores are equal to a few hundredths of tau: one that stays closed by
+chance is the best at the next step and has that step for itself. With a `plateau`, q = e / (1 - plateau (1 - e)) for Eq. 3's e, gates
+within some tau of the best one are nearly certain to open with it, and q can hold groups.
+
 The numbering is ours: see the README on what of the paper was available to us.
 """
 

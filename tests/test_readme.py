@@ -83,28 +83,35 @@ def test_the_results_are_those_of_the_json():
             assert cell == (" / ".join(numbers) or "–")
 
 
-def test_the_results_on_gsm8k_are_those_of_the_json():
-    """Every line of the section's table of orders, and of its table of budgets."""
+def tables_of_gsm8k() -> tuple[list[str], list[str]]:
+    """Lines of the section's table of orders at 4 steps, the likeliest first, and of its table of budgets."""
     rows = {}
     for path in sorted((ROOT / "assets" / "gsm8k").glob("*.json")):
         result = json.loads(path.read_text())
+        config = result["meta"]["train_config"]
         for row in result["rows"]:
-            config = result["meta"]["train_config"]
-            order = "learned" if row["asked"].startswith("learned") else row["asked"]  # the knob is chosen beforehand
-            rows[config["augment"], config["max_steps_order"] if order == "learned" else 0, order, row["budget"]] = row
-    section = README.split("\n## GSM8K")[1].split("\n## ")[0]
-    _, _, *lines = section.split("at most 4 steps on average:\n\n")[1].split("\n\n")[0].splitlines()
-    for line in lines:
-        name, *cells = line.strip("| ").split(" | ")
-        order = "learned" if "learned" in name else name.split(",")[0]
-        row = rows[0.0 if "without" in name else 0.5, (2400 if "2,400" in name else 1200) * (order == "learned"), order, 4]
+            order, note = re.sub(r"(:[\d.]+)+", "", row["asked"]), "" if config["augment"] else ", without other numbers"
+            if order == "learned" and not config.get("plateau"):
+                note = ", first form of q"
+            if order != "learned" and "ckpt" in row["checkpoint"]:
+                note = ", on the learned order's denoiser"
+            rows[order, note, row["budget"]] = row
+    bold = lambda name: f"**{name}**" if name.startswith("learned") else name
+    four, budgets = [], []
+    for (order, note, budget), row in sorted(rows.items(), key=lambda item: -item[1].get("nats", 0) * (item[0][0] != "oracle")):
         low, high = row["ci95"]
-        assert cells == [f"{row['steps_mean']:.2f}", f"{100 * row['accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f})", f"{100 * row['equations_true']:.1f}",
-                         f"{100 * row['format_failures']:.1f}", f"{row['nats']:.1f}"]
-    header, _, *lines = section.split("by budget:\n\n")[1].split("\n\n")[0].splitlines()
-    budgets = [64 if cell == "L" else int(cell) for cell in header.strip("| ").split(" | ")[1:]]
-    for line in lines:
-        name, *cells = line.strip("| ").split(" | ")
-        for budget, cell in zip(budgets, cells, strict=True):
-            row = rows.get((0.5, 1200 * (name == "**learned**"), name.strip("*"), budget))
-            assert cell == (f"{100 * row['accuracy']:.1f}, {100 * row['equations_true']:.1f}, {100 * row['format_failures']:.0f}" if row else "–")
+        if budget == 4 and order != "oracle":
+            four.append(f"| {bold(row['order'])}{note} | {row['steps_mean']:.2f} | {100 * row['accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f}) | "
+                        f"{100 * row['equations_true']:.1f} | {100 * row['format_failures']:.1f} | {row['nats']:.1f} |")
+    for order, note in dict.fromkeys(key[:2] for key in sorted(rows, key=lambda key: (key[1], key[0] != "learned", key[0])) if key[2] != 4):
+        cells = [rows.get((order, note, budget)) for budget in (2, 3, 4, 5, 8, 16, 64)]
+        cells = [f"{100 * row['accuracy']:.1f}, {100 * row['equations_true']:.0f}, {100 * row['format_failures']:.0f}" if row else "–" for row in cells]
+        budgets.append(f"| {bold(order)}{note} | {' | '.join(cells)} |")
+    return four, budgets
+
+
+def test_the_results_on_gsm8k_are_those_of_the_json():
+    """Every line of both tables, and no line too few."""
+    section, (four, budgets) = README.split("\n## GSM8K")[1].split("\n## ")[0], tables_of_gsm8k()
+    assert section.split("at most 4 steps on average:\n\n")[1].split("\n\n")[0].splitlines()[2:] == four
+    assert section.split("by budget:\n\n")[1].split("\n\n")[0].splitlines()[2:] == budgets
