@@ -38,7 +38,6 @@ each kind of token is revealed, the first answers with their orders, and which i
 """
 
 import argparse
-import itertools
 import json
 import math
 import os

@@ -54,7 +54,7 @@ better. q can sit on that saddle. Going by values (the larger one first) does no
 cannot know which place holds which, so the KL wears such a rule down; a rule by place survives. So p gets one to begin
 with, gates that start at random (train.py), and learns them at full weight while q's KL is still weighted down.
 
-Groups. Eq. 3 opens several places together only where their scores are equal to a few hundredths of tau: one that stays closed by
+Groups. Eq. 3 opens several places together only where their scores are equal to a hundredth of tau or so: one that stays closed by
 chance is the best at the next step and has that step for itself. With a `plateau`, q = e / (1 - plateau (1 - e)) for Eq. 3's e, gates
 within some tau of the best one are nearly certain to open with it, and q can hold groups.
 
@@ -91,10 +91,10 @@ class OrderPosterior(nn.Module):
 def log_gate_probs(s, masked, last, tau: float, plateau: float = 0.0):
     """Eq. 3: log q_t^i (..., L). Where there is nothing to decide (position already revealed, or
     the last step) it is 0, that is q = 1. `masked` (..., L) bool, `last` bool broadcastable to it.
-    With a plateau in 0..1, q = e / (1 - plateau (1 - e)) for Eq. 3's e: about 1 within some tau of the best."""
+    With a plateau from 0 to below 1, q = e / (1 - plateau (1 - e)) for Eq. 3's e: about 1 within some tau of the best."""
     top = s.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)         # max over M; -inf where M is empty
     log_e = ((s - top) / tau).masked_fill(~masked | last, 0.0)
-    # [NEW] With e alone a step cannot open a group of places unless their scores are the same to a few hundredths of tau: what is
+    # [NEW] With e alone a step cannot open a group of places unless their scores are the same to a hundredth of tau or so: what is
     # left of the group by chance is best in the next step, and has it for itself.
     return log_e - torch.log1p(plateau * torch.expm1(log_e))
 
@@ -163,7 +163,7 @@ def order_objective(model: MDM, posterior: OrderPosterior, prompt, x0, *, T: int
     K orders and a step, then calls objective_at. prompt (B, P'), x0 (B, L). Returns what objective_at returns."""
     B = len(x0)
     s = posterior(prompt, x0)                                               # (B, L)
-    reveal_step = sample_orders(s, K, T, tau, generator, plateau)                    # (B, K, L)
+    reveal_step = sample_orders(s, K, T, tau, generator, plateau)           # (B, K, L)
     # DEVIATION: stratified. Any T-1 examples in a row see each later step once, and each alone a uniform one.
     later = max(T - 1, 1)
     first = torch.randint(later, (1,), device=x0.device, generator=generator)

@@ -167,7 +167,8 @@ PRESETS = {
     # 1.7M parameters: an hour and a half on one of two CPU cores. q begins as a rule by place (README, GSM8K).
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=64, n_layer=4, n_pieces=3072, batch_size=16, sort_batches=8, augment=0.5,
                   max_steps_denoiser=7000, max_steps_order=1200, batch_size_order=8, tau_end=0.1, kl_ramp=0.2, lr_scale_order=0.5,
-                  lr_scale_posterior=0.01, lr_scale_gates=5.0, plateau=0.99, start_gap=1.0, place_gates=True, token_baseline=0.55, log_every=50, eval_every=250, eval_items=128),
+                  lr_scale_posterior=0.01, lr_scale_gates=5.0, plateau=0.99, start_gap=1.0, place_gates=True, token_baseline=0.55,
+                  log_every=50, eval_every=250, eval_items=128),
     # 16M parameters, for minutes of a GPU.
     "gsm8k_gpu": dict(dataset="gsm8k", prompt_len=192, answer_len=96, n_layer=8, n_head=6, n_embd=384, n_pieces=3072, batch_size=128,
                       sort_batches=8, augment=0.5, max_steps_denoiser=6000, max_steps_order=3000, batch_size_order=32, tau_end=0.1, kl_ramp=0.2,
