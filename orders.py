@@ -275,7 +275,8 @@ def parse_order(text: str) -> Order:
         if match is None:
             raise ValueError
         values, size = tuple(float(k) for k in match[1].split(":")[1:]) or rule.knob, int(match[2] or 10**9)
-        if len(values) not in {len(k) for k in (rule.knob, *rule.sweep)} or not all(0 <= v < float("inf") for v in values) or size < 1:
+        least, most = (0.1, 10.0) if name == "dilated" else (0.0, 1e300)
+        if len(values) not in {len(k) for k in (rule.knob, *rule.sweep)} or not all(least <= v <= most for v in values) or size < 1:
             raise ValueError
     except ValueError:
         example = ":".join([name, *(f"{k:g}" for k in rule.sweep[-1])]) if rule.sweep else name

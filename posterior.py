@@ -178,7 +178,7 @@ def objective_at(model: MDM, s, prompt, x0, reveal_step, t, *, T: int, tau: floa
     Returns the objective to maximise (scalar) and a dict of detached tensors: `elbo`, `recon`, `kl`
     in nats per answer (kl_weight not applied), `q_entropy` of the gates in nats per step, `q_steps`
     used by the orders, `reveal_step`. kl_weight > 0 weights the KL in q's gradient, not in p's; token_baseline
-changes the objective by what is constant in expectation, and so no expected gradient."""
+    subtracts what has a constant mean, so the expected gradient stays."""
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     K = reveal_step.shape[1]
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)        # (B, 1+K)

@@ -106,7 +106,7 @@ class Config:
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.1, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.03, "and at its end")
-    plateau: float = arg(0.0, "0..1: how flat q's gates are near the best one; 0: Eq. 3 itself")
+    plateau: float = arg(0.0, "0 to 0.9999: how flat q's gates are near the best one; 0: Eq. 3 itself")
     start_gap: float = arg(0.0, "scores of `dilated`'s groups of places, with which q begins, lie this far apart; 0: q begins with noise")
     place_gates: bool = arg(False, "the gate head has a learned bias for each place, which hidden states need not tell")
     token_baseline: float = arg(0.0, "share of a token's nats at the all-MASK state that no step of the order is charged for")
@@ -151,8 +151,8 @@ class Config:
                 raise UserError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.kl_ramp <= 1 or self.cooldown > 1:
             raise UserError(f"--kl_ramp and --cooldown are shares of a stage, at most 1, got {self.kl_ramp} and {self.cooldown}")
-        if not 0 <= self.plateau < 1 or not 0 <= self.start_gap < math.inf or not 0 <= self.token_baseline < math.inf:
-            raise UserError(f"need --plateau from 0 to below 1, --start_gap and --token_baseline of at least 0, got {self.plateau}, {self.start_gap} and {self.token_baseline}")
+        if not 0 <= self.plateau <= 0.9999 or not 0 <= self.start_gap < math.inf or not 0 <= self.token_baseline < math.inf:
+            raise UserError(f"need --plateau from 0 to 0.9999, --start_gap and --token_baseline of at least 0, got {self.plateau}, {self.start_gap} and {self.token_baseline}")
         if not 0 <= self.augment <= 1:
             raise UserError(f"--augment must be from 0 to 1, got {self.augment}")
         if self.augment and (self.dataset.startswith("toy") or self.target == "full"):
@@ -425,7 +425,7 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     start = None
-    if config.start_gap:  # [NEW] q begins as `dilated`: after step t, (t / T)^2 of the places
+    if config.start_gap:  # [NEW] q begins as `dilated`, up to rounding: after step t, (t / T)^2 of the places
         rank = bits_from_behind(config.answer_len).argsort().argsort() + 1
         start = -config.start_gap * torch.ceil(config.T * (rank / config.answer_len) ** 0.5)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior), start).to(run.device)

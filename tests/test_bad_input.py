@@ -63,7 +63,7 @@ BAD = {
         ("--T 99999999999", "at most 10000"), ("--tau 0", "--tau must be above 0"), ("--tau nan", "above 0"), ("--tau inf", "finite"), ("--tau 0,1", "invalid float"),
         ("--K 1", "--K must be at least 2"), ("--K 1000000", "at most"), ("--n_layer 1000000000", "at most 1000"), ("--answer_len 1000000000000", "at most"),
         ("--n_embd 30", "multiple"), ("--lr_matrix inf", "finite"), ("--lr_other nan", "above 0"), ("--cooldown 2", "at most 1"), ("--kl_ramp nan", "shares"),
-        ("--kl_ramp -1", "shares"), ("--save_minutes 0", "above 0"), ("--preset big", "choose from toy, toy2, gsm8k"), ("--stages control,order", "in this order"), ("--stages=", "in this order"), ("--stages order --out_dir absent", "denoiser.pt not found"), ("--dataset mnist", "choose from toy"),
+        ("--kl_ramp -1", "shares"), ("--plateau 1", "to 0.9999"), ("--start_gap inf", "start_gap"), ("--token_baseline -1", "token_baseline"), ("--save_minutes 0", "above 0"), ("--preset big", "choose from toy, toy2, gsm8k"), ("--stages control,order", "in this order"), ("--stages=", "in this order"), ("--stages order --out_dir absent", "denoiser.pt not found"), ("--dataset mnist", "choose from toy"),
         ("--target all", "choose from equations"), ("--dtype float16", "choose from auto"), ("--device tpu", "choose from auto"), ("--max_steps_order -1", "at least 0"),
         ("--train_items 10000000000", "at most"), ("--preset gsm8k --data_dir absent", "no train.jsonl or train.txt"), ("--preset gsm8k --data_dir file", "no train.jsonl"),
         ("--preset gsm8k --data_dir loop", "no train.jsonl"), (["--preset", "gsm8k", "--data_dir", "a\0b"], "no train.jsonl"), (["--preset", "gsm8k", "--data_dir", LONG], "no train.jsonl"),

@@ -425,7 +425,7 @@ def test_draw_reaches_tokens_rarer_than_float32_can_add_up(place):
 def test_names_survive_being_printed(name):
     rule = ORDERS[name]
     assert Order(name, rule.knob) == parse_order(name)
-    odd = [(1e6,), (0.1234567,)] if len(rule.knob) == 1 else []
+    odd = [(1e6 if name != "dilated" else 9.5,), (0.1234567,)] if len(rule.knob) == 1 else []
     for knob in {rule.knob, *rule.sweep, *odd}:
         for block in ("", "@1", "@8"):
             for flag in ("", "+eos_last", "+finish", "+eos_last+finish"):
@@ -450,7 +450,7 @@ def test_an_unknown_name_is_told_the_known_ones(text):
 
 @pytest.mark.parametrize("text", [
     "learned 0.5", "confidence:3", "iid:0.5", "learned:0.5:0.5:0.5", "learned:0.5:", "confidence+finish+eos_last", "klass:0.9", "klass:0.9:0.01:2", "threshold:", "threshold:high",
-    "threshold:nan", "threshold:inf", "threshold:-inf", "threshold:-0.1", "klass:0.9:nan", "confidence@", "confidence@0",
+    "dilated:0", "dilated:600", "threshold:nan", "threshold:inf", "threshold:-inf", "threshold:-0.1", "klass:0.9:nan", "confidence@", "confidence@0",
     "confidence@-2", "confidence@x", "confidence@2.5", "confidence@4@8", "confidence@8:0.5", "confidence+", "confidence+eos",
     "confidence+eos_last+eos_last", "confidence+eos_last@8"])
 def test_a_malformed_name_is_shown_a_good_one(text):
