@@ -104,7 +104,7 @@ MUTATIONS = {
     "log q before t without the plateau": ("posterior.py", "log_gate_probs(s[:, None], masked, False, tau, plateau)", "log_gate_probs(s[:, None], masked, False, tau)", PLATEAU),
     "what a token costs by now is left out": ("posterior.py", "log_p[:, :1].detach()", "log_p.detach()", LEFT_OUT),
     "what a token costs is not held constant": ("posterior.py", "log_p[:, :1].detach()", "log_p[:, :1]", LEFT_OUT),
-    "left out of the later steps only": ("posterior.py", "token_baseline * (log_q.exp() * masked", "token_baseline * (step[..., None] > 1) * (log_q.exp() * masked", LEFT_OUT),
+    "left out of the later steps only": ("posterior.py", "token_baseline * (log_q.exp() * masked", "token_baseline * (step > 1) * (log_q.exp() * masked", LEFT_OUT),
     "baseline across examples": ("posterior.py", "value.mean(1, keepdim=True)", "value.mean()", ROWS),
     "sum for mean": ("posterior.py", OBJECTIVE, OBJECTIVE.replace("mean", "sum"), GRADIENT),
     "score term of one step": ("posterior.py", OBJECTIVE, OBJECTIVE.replace("(T - 1) * ", ""), GRADIENT),

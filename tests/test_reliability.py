@@ -261,7 +261,7 @@ def changed(state, change):
 
 EMBED = "trunk.embed.weight"
 BAD_CHECKPOINTS = [((name, GONE), f"no {name}") for name in STATE] + [((name, 3.5), f"no {name}, or not a") for name in STATE] + [
-    (("schema", GONE), "no schema"), (("schema", "2"), "no schema"), (("schema", 3), "schema 3, this code reads 2: update the code"), (("schema", 1), "train again"),
+    (("schema", GONE), "no schema"), (("schema", "3"), "no schema"), (("schema", 4), "schema 4, this code reads 3: update the code"), (("schema", 1), "train again"),
     (("model", EMBED, GONE), "missing or unknown: trunk.embed.weight"), (("model", "extra", torch.zeros(1)), "missing or unknown: extra"),
     (("model", EMBED, lambda t: t.T), "trunk.embed.weight is not torch.float32 of shape"), (("model", EMBED, lambda t: t[:-1]), "of shape"),
     (("model", EMBED, lambda t: t.double()), "float32"), (("model", EMBED, [1.0]), "float32"), (("model", EMBED, lambda t: t * float("nan")), "NaN"),
@@ -298,7 +298,7 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x1f\x8b" + bytes(99), pickle.dumps(Payload()), pickle.dumps({"schema": 2}), "half", "payload"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x1f\x8b" + bytes(99), pickle.dumps(Payload()), pickle.dumps({"schema": 3}), "half", "payload"])
 def test_foreign_files_are_refused_and_run_nothing(straight, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     if content == "payload":
