@@ -83,6 +83,12 @@ def or_best(chosen, score, state: State):
     return torch.where(chosen.any(-1, keepdim=True), chosen, top_k(score, state.front, 1))
 
 
+def bits_from_behind(L: int, device=None):
+    """(L,) in 0..1: 0, 1/2, 1/4, 3/4, 1/8, ..; in rising order, places that are far apart stand together."""
+    place = torch.arange(L, device=device)
+    return sum((place >> bit) % 2 / 2 ** (bit + 1) for bit in range(L.bit_length()))
+
+
 def entropy_of(log_p):
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -140,11 +146,9 @@ def dilated(state: State):
     """Places far apart first, 0, 32, 16, 48, 8, .. of 64: neighbours tell most about each other, so they should not go together
     (after dilated unmasking, 2506.19037). [NEW] After step t, (t / T)^knob of them are open: with a knob above 1 the shares grow."""
     L, knob = state.masked.shape[1], state.knob[0]
-    place = torch.arange(L, device=state.masked.device)
-    rank = sum((place >> bit) % 2 / 2 ** (bit + 1) for bit in range(L.bit_length()))  # the bits of the place from behind: 0, 1/2, 1/4, ..
     done, now, T = (t**knob for t in (state.t - 1, state.t, state.T))
     k = (state.masked.sum(-1, keepdim=True) * (now - done) / (T - done)).long().clamp(min=1)
-    return top_k(-rank.expand(state.masked.shape), state.masked, k, state.block_index)
+    return top_k(-bits_from_behind(L, state.masked.device).expand(state.masked.shape), state.masked, k, state.block_index)
 
 
 def oracle(state: State):

@@ -60,7 +60,7 @@ from tqdm import tqdm
 from data import DATASETS, TOY_SIZES, Split, UserError, augment, build_tokenizer, cli, encode_split, frequent_pieces, load_splits, replacing
 from eval_gsm8k import HEADER, Bench, evaluate, format_row, score_of, versions
 from model import MDM, ModelConfig, check_tensors, denoiser_elbo, load_checkpoint, pick_device, save_checkpoint, trim
-from orders import parse_order
+from orders import bits_from_behind, parse_order
 from posterior import OrderPosterior, order_objective
 from sample import generate
 
@@ -425,8 +425,9 @@ def build_stage(stage: str, run: Run, model: MDM | None = None) -> tuple[MDM, Or
     if stage == "control":
         return model, None, make_optimizers([model], config, config.lr_scale_order)
     start = None
-    if config.start_gap:  # [NEW] q begins as `dilated`, which looks at nothing but places: the step of each
-        start = -config.start_gap * generate(model, run.train.prompt[:1].to(run.device), config.T, "dilated").reveal_step[0]
+    if config.start_gap:  # [NEW] q begins as `dilated`, up to rounding: after step t, (t / T)^2 of the places. No network runs: a dry run has none
+        rank = bits_from_behind(config.answer_len).argsort().argsort() + 1
+        start = -config.start_gap * torch.ceil(config.T * (rank / config.answer_len) ** 0.5)
     posterior = OrderPosterior(dataclasses.replace(model.config, n_layer=config.n_layer_posterior), start).to(run.device)
     # [NEW] Gates that differ at random from place to place, their logits spread by 0.9: a rule for q to lean to (posterior.py, "Ties").
     torch.nn.init.normal_(model.gate_head.weight, std=0.08 * (128 / config.n_embd) ** 0.5)
