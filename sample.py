@@ -1,36 +1,229 @@
-"""Generate answers from a trained model in few steps, in the learned order or by a rule.
+"""Generate answers in few steps, in the learned order or by a rule.
 
     python sample.py --steps 4
-    python sample.py --steps 4 --compare learned,confidence,left_to_right
-    python sample.py --steps 4 --prompt "Max has 8 eggs, buys 1, splits 3. Ann has 4, sells 2, times 3. Together?"
-    python sample.py --steps 4 --gif out/order.gif
+    python sample.py --steps 4 --compare learned:0.5:1+finish,confidence,left_to_right
+    python sample.py --steps 4 --prompt "Max has 8 eggs, buys 1. Ann has 4, sells 2. Together?"
 
-Generation starts from a canvas of MASKs. Each step is one forward pass for all positions at once:
+Generation starts from a canvas of MASKs. Each step is one forward pass for all positions:
 
-    gates    an order (orders.py) picks which masked positions to reveal now, at least one
-    tokens   each revealed position takes its most probable token, independently of the others
-             (or, with a temperature, a token drawn from p^(1/temperature))
+    gates    an order picks which masked positions to reveal now, at least one
+    tokens   each takes its most probable token, independently of the others (or, with a
+             temperature, one drawn from p^(1/temperature))
 
 and the last allowed step reveals whatever is left. The order is the only thing that differs between
-the learned sampler and the rules it is compared with.
+the learned sampler and the rules it is compared with. An order is named
 
-Each row has its own noise, made from its own seed before the first step, so a row's sample depends
-neither on the rows beside it nor on when they finish. Rows that are done leave the batch.
+    NAME[:KNOB[:KNOB]][+eos_last][+finish]          learned:0.5:1+finish, threshold:0.9+eos_last
+
+KNOB       what an order is tuned by (ORDERS below: defaults, and what eval_gsm8k.py tries)
++eos_last  positions whose likeliest token is EOS or PAD wait until nothing else is left: confidence
+           likes the end of the canvas, and would spend its first steps on it
++finish    [NEW] everything is revealed as soon as all that would be left is certain, c^i >= 0.99
+
+p^i is the token head's distribution at position i, c^i its largest probability, H^i its entropy in
+nats, alpha^i the gate head's probability. Ties go to the leftmost. Each row has its own noise, from
+its own seed, so its sample depends neither on the rows beside it nor on when they finish.
 """
 
 import argparse
 import re
 import sys
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
-from data import UserError, build_tokenizer, cli, decode, encode_prompt, final_number, load_splits
+from data import (UserError, build_tokenizer, decode, encode, final_number, load_splits,
+                  run_script)
 from model import MDM, load_checkpoint, pick_device, trim
-from orders import ORDERS, Order, State, draw, parse_order, precise
 
-# --- generation ------------------------------------------------------------------------------------
+
+@dataclass
+class State:
+    """What an order may look at before step t of T. B rows, L positions, V tokens."""
+    log_p: torch.Tensor        # (B, L, V) of the token head, float32
+    gate_logits: torch.Tensor  # (B, L) logits of alpha
+    masked: torch.Tensor       # (B, L) True where the order may reveal, somewhere in every row
+    t: int
+    T: int
+    u: torch.Tensor            # (B, L + 1) uniform noise, fresh every step
+    u_row: torch.Tensor        # (B, L) uniform noise that stays the same at every step
+    knob: tuple = ()
+
+
+def precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def draw(log_p, u):
+    """One index per row from log-probabilities (..., V) by inverse CDF with uniforms u (...). In
+    float64: float32 cuts off the tail, which lowers the temperature (Zheng et al., 2409.02908)."""
+    cdf = log_p.to(precise(log_p.device)).exp().cumsum(-1)
+    u = u.to(cdf.dtype)[..., None] * cdf[..., -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=log_p.shape[-1] - 1)
+
+
+def top_k(score, masked, k):
+    """The k masked positions of highest score in each row, k a number or (B, 1)."""
+    ranking = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return (ranking.argsort(-1) < k) & masked
+
+
+def even_share(score, state: State):
+    """The best of an even split of what is left over the steps that are left, at least one."""
+    k = (state.masked.sum(-1, keepdim=True) // (state.T - state.t + 1)).clamp(min=1)
+    return top_k(score, state.masked, k)
+
+
+def or_best(chosen, score, state: State):
+    """What is chosen, or the single best where nothing is."""
+    chosen = chosen & state.masked
+    return torch.where(chosen.any(-1, keepdim=True), chosen, top_k(score, state.masked, 1))
+
+
+def confidence_of(state: State):
+    return state.log_p.amax(-1)
+
+
+def entropy_of(state: State):
+    return -(state.log_p.exp() * state.log_p).sum(-1)
+
+
+# --- the learned order ----------------------------------------------------------------------------
+
+def learned(state: State):
+    """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
+    has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); those before it are closed, those
+    after it free. With a knob nothing is drawn: each gate with alpha > knob, or else the likeliest.
+    [NEW] With a second one an open gate waits while its token's H^i is above that many nats: alpha
+    says what may go together, H what p can say by now. If all would wait, the surest does not."""
+    logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
+    if state.knob:
+        opened = or_best(logits.sigmoid() > state.knob[0], logits, state)
+        if len(state.knob) == 2:
+            H = entropy_of(state)
+            opened = or_best(H <= state.knob[1], -H, replace(state, masked=opened))
+        return opened
+    log_not = F.logsigmoid(-logits)                          # log(1 - alpha), 0 where revealed
+    log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
+    first = draw(log_first.log_softmax(-1), state.u[:, -1])[:, None]                     # (B, 1)
+    position = torch.arange(logits.shape[1], device=logits.device)
+    return (position == first) | ((position > first) & (state.u[:, :-1] < logits.sigmoid()))
+
+
+# --- rules: an even share at every step -----------------------------------------------------------
+
+def left_to_right(state: State):
+    place = torch.arange(state.masked.shape[1], device=state.masked.device)
+    return even_share(-place.expand(state.masked.shape).float(), state)
+
+
+def entropy(state: State):
+    """Lowest H^i first (Dream, 2508.15487)."""
+    return even_share(-entropy_of(state), state)
+
+
+def confidence(state: State):
+    """Highest c^i first (MaskGIT, 2202.04200; LLaDA, 2502.09992)."""
+    return even_share(confidence_of(state), state)
+
+
+def margin(state: State):
+    """Largest gap between the two most probable tokens first (Kim et al., 2502.06768)."""
+    best = state.log_p.exp().topk(2, dim=-1).values
+    return even_share(best[..., 0] - best[..., 1], state)
+
+
+def dilated(state: State):
+    """Places far apart first, 0, 32, 16, 48, 8, .. of 64: neighbours tell most about each other
+    (after 2506.19037). [NEW] After step t a share (t / T)^knob is open: the shares grow."""
+    L, (knob,) = state.masked.shape[1], state.knob
+    place = torch.arange(L, device=state.masked.device)
+    bits_from_behind = sum((place >> i) % 2 / 2 ** (i + 1) for i in range(L.bit_length()))
+    done, now, T = (t**knob for t in (state.t - 1, state.t, state.T))
+    k = (state.masked.sum(-1, keepdim=True) * (now - done) / (T - done)).long().clamp(min=1)
+    return top_k(-bits_from_behind.expand(state.masked.shape), state.masked, k)
+
+
+# --- rules: what is found safe, at least one position ---------------------------------------------
+
+def iid(state: State):
+    """Each position opens with probability 1 / (T - t + 1) at step t: the same as one uniform time
+    in 1..T per position, drawn beforehand. Steps at which nothing opens are not taken."""
+    time = (state.u_row * state.T).long().masked_fill(~state.masked, state.T)
+    return time == time.amin(-1, keepdim=True)
+
+
+def threshold(state: State):
+    """All with c^i >= knob, or else the best (Fast-dLLM, 2505.22618)."""
+    score = confidence_of(state)
+    return or_best(score.exp() >= state.knob[0], score, state)
+
+
+def entropy_bound(state: State):
+    """The longest prefix, by rising entropy, with sum H - max H <= knob nats (EB-Sampler,
+    2505.24857): a bound on what the tokens of one step could tell about each other."""
+    H = entropy_of(state)
+    rising = H.to(precise(H.device)).masked_fill(~state.masked, torch.inf).sort(dim=-1).values
+    k = (rising.cumsum(-1) - rising <= state.knob[0]).sum(-1, keepdim=True)
+    return top_k(-H, state.masked, k)
+
+
+GATES = [(a,) for a in (0.02, 0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6)]
+DOUBT = [(a, nats) for a in (0.02, 0.1, 0.3, 0.35, 0.4, 0.5) for nats in (0.3, 0.75, 1.0)]
+ORDERS = {  # name: (rule, default knob, knobs that eval_gsm8k.py tries where none is given)
+    "learned": (learned, (), [(), *GATES, *DOUBT]),
+    "left_to_right": (left_to_right, (), []),
+    "confidence": (confidence, (), []),
+    "margin": (margin, (), []),
+    "entropy": (entropy, (), []),
+    "dilated": (dilated, (2.0,), [(1.0,), (1.5,), (2.0,), (3.0,)]),
+    "iid": (iid, (), []),
+    "threshold": (threshold, (0.9,), [(c,) for c in (0.3, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)]),
+    "entropy_bound": (entropy_bound, (0.01,), [(h,) for h in (1e-3, 0.01, 0.1, 0.3, 1, 3, 10, 20)]),
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    name: str
+    knob: tuple = ()  # as written; empty: the rule's default
+    eos_last: bool = False
+    finish: bool = False
+
+    def __str__(self):
+        knobs = "".join(f":{k:g}" for k in self.knob)
+        return self.name + knobs + "+eos_last" * self.eos_last + "+finish" * self.finish
+
+    def __call__(self, state: State):
+        """(B, L) bool: what to reveal now, some of the masked positions of each row."""
+        (rule, default, _), masked = ORDERS[self.name], state.masked
+        if self.eos_last:  # EOS is token V-2, PAD V-1
+            content = masked & (state.log_p.argmax(-1) < state.log_p.shape[-1] - 2)
+            masked = torch.where(content.any(-1, keepdim=True), content, masked)
+        reveal = rule(replace(state, masked=masked, knob=self.knob or default))
+        if self.finish:
+            settled = reveal | ~state.masked | (confidence_of(state).exp() >= 0.99)
+            reveal = reveal | (state.masked & settled.all(-1, keepdim=True))
+        return reveal
+
+
+def parse_order(text: str) -> Order:
+    match = re.fullmatch(r"\s*(\w+)((?::[\d.e-]+){0,2})(\+eos_last)?(\+finish)?\s*", text)
+    if not match or match[1] not in ORDERS:
+        raise UserError(f"cannot read order {text!r}: want one of {', '.join(ORDERS)}, "
+                        "like threshold:0.9+eos_last or learned:0.5:1+finish")
+    _, default, sweep = ORDERS[match[1]]
+    try:
+        knob = tuple(float(k) for k in match[2].split(":")[1:])
+    except ValueError:
+        raise UserError(f"a knob of order {text!r} is not a number") from None
+    if len(knob) not in {len(k) for k in [(), default, *sweep]}:
+        raise UserError(f"order {text!r} has {len(knob)} knobs, too many")
+    return Order(match[1], knob, bool(match[3]), bool(match[4]))
+
+
+# --- generation -----------------------------------------------------------------------------------
 
 @dataclass
 class Generation:
@@ -40,189 +233,113 @@ class Generation:
     log_p: torch.Tensor        # (B,) nats: sum of log p(token) at the steps that revealed them
 
 
-def row_noise(seeds: list[int], T: int, L: int, device):
-    """Uniform noise (B, T + 2, L + 1), row b from seeds[b] alone: per step L gates and one draw more,
-    then one line that stays for the whole row, then one for the tokens."""
-    rows = [torch.rand(T + 2, L + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.stack(rows).to(device, precise(device))
-
-
 @torch.no_grad()
-def generate(model: MDM, prompt, steps: int, order: str | Order = "learned", *, temperature: float = 0.0,
-             seeds: list[int] | None = None, x0=None, forced: bool = False, first=None) -> Generation:
-    """Answers for prompts (B, P') in at most `steps` forward passes per row, on the prompts' device.
-
-    A budget above L counts as L. `seeds`: one per row, 0..B-1 by default; with temperature 0 they only
-    matter to orders that draw. `x0` (B, L): true answers, for the oracle and for `forced`, which writes their tokens
-    along the order instead of the model's own. If the order draws nothing and does not look at x0, log_p is then
-    log p(x0) of the sampler that takes the same order and draws each token from p. `first` (B, L, D): the model's hidden states at the
-    all-MASK canvas, where they are at hand (the step is counted all the same).
-    Raises UserError for an unknown order, steps < 1, a negative temperature or an oracle without x0."""
+def generate(model: MDM, prompt, steps: int, order: Order | str = "learned", *, seeds=None,
+             temperature: float = 0.0, x0=None) -> Generation:
+    """Answers for prompts (B, P) in at most `steps` forward passes a row. `seeds`: one a row.
+    `x0` (B, L): write these tokens along the order instead of p's own. If the order draws nothing,
+    log_p is then log p(x0) of the sampler that takes this order and draws each token from p."""
     order = parse_order(order) if isinstance(order, str) else order
-    if steps < 1 or not (temperature == 0 or 1e-6 <= temperature < float("inf")):  # below, log p / temperature overflows
-        raise UserError(f"need steps >= 1, and temperature 0 or >= 1e-6, got {steps} and {temperature}")
-    if order.name == "oracle" and x0 is None:
-        raise UserError("the oracle looks at the true answer: it runs in eval_gsm8k.py only")
-    L, T = model.config.answer_len, min(steps, model.config.answer_len)
-    seeds = list(range(len(prompt))) if seeds is None else seeds
-    noise = row_noise(seeds, T, L, prompt.device)
-    z = torch.full((len(prompt), L), model.config.mask, device=prompt.device)
-    reveal_step, total = torch.zeros_like(z), torch.zeros(len(z), device=z.device, dtype=precise(z.device))
-    prompt = trim(prompt, model.config.pad)
-    read = model.read(prompt)                                               # once for all steps
-    rows, past = torch.arange(len(prompt), device=prompt.device), []        # unfinished; log_p of the last two steps
+    B, L, device = len(prompt), model.config.answer_len, prompt.device
+    T = min(steps, L)
+    generators = [torch.Generator().manual_seed(s) for s in (range(B) if seeds is None else seeds)]
+    noise = torch.stack([torch.rand(T + 2, L + 1, generator=g, dtype=torch.float64)
+                         for g in generators]).to(device, precise(device))    # (B, T + 2, L + 1)
+    z = torch.full((B, L), model.config.mask, device=device)
+    reveal_step, total = torch.zeros_like(z), noise.new_zeros(B)
+    cache = model.read(trim(prompt, model.config.pad))           # once for all steps
+    rows = torch.arange(B, device=device)                        # of the answers not yet finished
     for t in range(1, T + 1):
+        h = model([part[rows] for part in cache], z[rows])
+        log_p, masked, u = model.log_p(h), z[rows] == model.config.mask, noise[rows]
+        state = State(log_p=log_p, gate_logits=model.gate_logits(h), masked=masked, t=t, T=T,
+                      u=u[:, t - 1], u_row=u[:, T, :L])
+        reveal = masked & order(state) if t < T else masked
+        tokens = log_p.argmax(-1)
+        if x0 is not None:
+            tokens = x0[rows]
+        elif temperature > 0:  # one uniform a position: each is revealed once
+            tokens = draw((log_p / temperature).log_softmax(-1), u[:, T + 1, :L])
+        z[rows] = torch.where(reveal, tokens, z[rows])
+        total[rows] += (log_p.gather(-1, tokens[..., None]).squeeze(-1) * reveal).sum(-1)
+        reveal_step[rows] = torch.where(reveal, t, reveal_step[rows])
+        rows = rows[(masked & ~reveal).any(-1)]
         if len(rows) == 0:
             break
-        h = first if t == 1 and first is not None else model(prompt[rows], z[rows], read[rows])
-        log_p, masked, u = model.log_p(h), z[rows] == model.config.mask, noise[rows]
-        tokens = log_p.argmax(-1) if temperature == 0 else draw((log_p / temperature).log_softmax(-1), u[:, T + 1, :L])
-        state = State(log_p, tokens, model.gate_logits(h), masked, t, T, u[:, t - 1, :L], u[:, t - 1, L], u[:, T, :L], past,
-                      x0[rows] if x0 is not None else None)
-        reveal = masked & order(state, model.config.eos) if t < T else masked
-        written = x0[rows] if forced else tokens
-        z[rows] = torch.where(reveal, written, z[rows])
-        total[rows] += (log_p.gather(-1, written[..., None]).squeeze(-1) * reveal).sum(-1)
-        reveal_step[rows] = torch.where(reveal, t, reveal_step[rows])
-        unfinished, past = (masked & ~reveal).any(-1), [log_p, *past[:1]]
-        if not unfinished.all():
-            rows, past = rows[unfinished], [p[unfinished] for p in past]
     return Generation(z, reveal_step.amax(-1), reveal_step, total)
 
 
-# --- showing it ------------------------------------------------------------------------------------
+# --- showing it -----------------------------------------------------------------------------------
 
 COLORS = [196, 208, 226, 118, 51, 75, 141, 213]  # of the 256-colour terminal; step 1 is red
 
 
-@lru_cache(maxsize=2)  # of the tokenizers of earlier runs none is kept alive
-def token_texts(enc) -> list[str]:
-    """What is shown for each token of a tokenizer."""
-    ends = {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}
-    return [ends.get(token) or enc.decode([token]).replace("\n", " ") for token in range(enc.n_vocab)]
-
-
-def token_text(token: int, enc) -> str:
-    return token_texts(enc)[token]
-
-
 def render(tokens, reveal_step, t: int, enc, color: bool) -> str:
-    """The canvas after step t: "·" still masked, "∎" EOS, "_" PAD; coloured by the revealing step."""
-    parts = []
+    """The canvas after step t: "·" still masked, "∎" EOS, "_" PAD; coloured by the step."""
+    marks, parts = {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}, []
     for token, step in zip(tokens, reveal_step):
-        text = "·" if step > t else token_text(token, enc)
-        parts.append(f"\033[38;5;{COLORS[(step - 1) % len(COLORS)]}m{text}\033[0m" if color and step <= t else text)
+        text = "·" if step > t else marks.get(token) or enc.decode([token]).replace("\n", " ")
+        number = COLORS[(step - 1) % len(COLORS)]
+        parts.append(f"\033[38;5;{number}m{text}\033[0m" if color and step <= t else text)
     return "".join(parts)
 
 
-def show(item: dict, runs: list[tuple[str, list[int], list[int]]], enc):
-    """One question under several orders: (name, tokens, reveal_step) each, step by step, one below the other."""
+def show(item: dict, runs: list[tuple], enc):
+    """One question under several orders, (name, tokens, reveal_step) each, step by step."""
     width = max(len(name) for name, *_ in runs)
-    print(f"question  {item['question']}" + (f"\ntruth     {final_number(item['answer'])}" if item["answer"] else ""))
+    print(f"question  {item['question']}")
+    print(f"truth     {final_number(item['answer'])}" if item["answer"] else "")
     for t in range(1, max(max(reveal_step) for *_, reveal_step in runs) + 1):
-        running = [run for run in runs if t <= max(run[2])]
-        for label, (name, tokens, reveal_step) in zip([f"step {t}"] + [""] * len(runs), running):
-            print(f"{label:<10}{name:<{width}}  {render(tokens, reveal_step, t, enc, sys.stdout.isatty())}")
-    for label, (name, tokens, reveal_step) in zip(["number"] + [""] * len(runs), runs):
-        print(f"{label:<10}{name:<{width}}  {final_number(decode(tokens, enc))} in {max(reveal_step)} steps")
+        for name, tokens, reveal_step in runs:
+            if t <= max(reveal_step):
+                canvas = render(tokens, reveal_step, t, enc, sys.stdout.isatty())
+                print(f"step {t:<5}{name:<{width}}  {canvas}")
+    for name, tokens, reveal_step in runs:
+        number = final_number(decode(tokens, enc))
+        print(f"number    {name:<{width}}  {number} in {max(reveal_step)} steps")
     print()
 
 
-def save_gif(path: str, question: str, tokens, reveal_step, enc, columns: int = 20):
-    """An animation of one generation: a cell per position, coloured by the step that reveals it."""
-    import textwrap
-    from pathlib import Path
-
-    from matplotlib import colormaps
-    from matplotlib.animation import PillowWriter
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    lines, last = -(-len(tokens) // columns), max(reveal_step)
-    figure = Figure(figsize=(columns * 0.45, lines * 0.45 + 0.8))
-    FigureCanvasAgg(figure)
-    writer = PillowWriter(fps=1)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with writer.saving(figure, path, dpi=100):
-            for t in [*range(last + 1), last, last]:  # the finished answer stays for a while
-                figure.clear()
-                text = textwrap.fill(question, columns * 5).encode(errors="replace").decode()  # argv may hold broken UTF-8
-                figure.text(0.01, 0.98, text, va="top", parse_math=False)
-                figure.text(0.99, 0.02, f"step {t} of {last}", ha="right")
-                axes = figure.add_axes((0, 0.11, 1, lines * 0.45 / figure.get_figheight()), xlim=(0, columns), ylim=(lines, 0))
-                axes.axis("off")
-                for i, (token, step) in enumerate(zip(tokens, reveal_step)):
-                    row, column = divmod(i, columns)
-                    shade = colormaps["viridis"](0.95 - 0.6 * (step - 1) / max(last - 1, 1)) if step <= t else "0.85"
-                    axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, color=shade))
-                    if step <= t:
-                        text = token_text(token, enc).strip()
-                        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=min(9, 42 / len(text or " ")),
-                                  color="white" if 2 * step > last else "black", parse_math=False)
-                writer.grab_frame()
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e}") from e
-
-
 def parse_steps(text: str) -> int:
-    """A step budget: a whole number, or L for as many steps as the canvas has positions."""
-    if text.upper() == "L":
-        return 10**9
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
-        raise UserError(f"steps must be a whole number of at least 1, or L, got {text!r}")
-    return int(text)
-
-
-def encode_questions(questions: list[str], enc, prompt_len: int) -> torch.Tensor:
-    """Prompts (B, P) of any texts. Raises UserError for an empty question or one that does not fit."""
-    prompts = [encode_prompt(question, enc, prompt_len) for question in questions]
-    if None in prompts or not questions or not all(questions):
-        raise UserError(f"a prompt must have 1 to {prompt_len} tokens")
-    return torch.tensor(prompts)
+    """A number of steps or samples, or L for as many steps as the canvas has positions."""
+    if text != "L" and not (text.isdecimal() and 0 < int(text) <= 10**9):
+        raise argparse.ArgumentTypeError(f"want a whole number of at least 1, or L, not {text!r}")
+    return 10**9 if text == "L" else int(text)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Show answers as they form.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Show answers as they form.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
-    parser.add_argument("--steps", default="4", help="step budget, or L, the length of the canvas")
-    parser.add_argument("--order", default="learned:0.5:1+finish", help=f"NAME[:KNOB][@BLOCK][+eos_last][+finish], NAME one of {', '.join(name for name in ORDERS if name != 'oracle')}")
-    parser.add_argument("--compare", help="several orders, comma-separated, side by side")
+    parser.add_argument("--steps", type=parse_steps, default=4, help="most of an answer, or L")
+    parser.add_argument("--compare", "--order", default="learned:0.5:1+finish",
+                        help="one order, or several, comma-separated, to see side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
-    parser.add_argument("--num_samples", type=int, default=3, help="validation questions, or samples of --prompt")
+    parser.add_argument("--num_samples", type=parse_steps, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the gates' and tokens' draws")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
-    parser.add_argument("--gif", help="write an animation of the first answer to this file")
-    parser.add_argument("--data_dir", help="where the GSM8K files are, if not where training found them")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    parser.add_argument("--data_dir", help="GSM8K's files, if not where training found them")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
 
-    device, steps = pick_device(args.device), parse_steps(args.steps)
-    orders = [parse_order(text) for text in (args.compare.split(",") if args.compare else [args.order])]
-    if args.gif and not args.gif.endswith(".gif"):
-        raise UserError(f"--gif {args.gif}: the name must end in .gif")
+    device, orders = pick_device(args.device), [parse_order(o) for o in args.compare.split(",")]
     model, state = load_checkpoint(args.ckpt, device)
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
-    if not 1 <= args.num_samples <= 10_000 or not abs(args.seed) < 2**62:
-        raise UserError(f"need 1 <= --num_samples <= 10000 and -2^62 < --seed < 2^62, got {args.num_samples} and {args.seed}")
     if args.prompt is None:
-        splits = load_splits(config["dataset"], args.data_dir or config["data_dir"], toy_sizes={"val": args.num_samples})
-        fitting = [item for item in splits["val"] if encode_prompt(item["question"], enc, model.config.prompt_len)]
-        items = fitting[: args.num_samples]
+        items = load_splits(config["dataset"], args.data_dir or config["data_dir"])["val"]
     else:
-        items = [{"question": args.prompt.strip(), "answer": None}] * args.num_samples
-    prompt = encode_questions([item["question"] for item in items], enc, model.config.prompt_len).to(device)
-
-    sys.stdout.reconfigure(errors="replace")  # terminals that cannot show "∎"
-    seeds = [args.seed + i for i in range(len(items))]
-    outs = [generate(model, prompt, steps, order, temperature=args.temperature, seeds=seeds) for order in orders]
+        items = [{"question": args.prompt.strip(), "answer": ""}] * args.num_samples
+    prompt, _, fitting = encode(items, enc, model.config.prompt_len, model.config.answer_len)
+    if not fitting:
+        n = len(enc.encode_ordinary(items[0]["question"]))
+        raise UserError(f"the question has {n} tokens, not 1 to {model.config.prompt_len}")
+    items = [items[i] for i in fitting[: args.num_samples]]
+    prompt, seeds = prompt[: len(items)].to(device), range(args.seed, args.seed + len(items))
+    outs = [generate(model, prompt, args.steps, order, seeds=seeds, temperature=args.temperature)
+            for order in orders]
     for i, item in enumerate(items):
-        show(item, [(str(order), out.tokens[i].tolist(), out.reveal_step[i].tolist()) for order, out in zip(orders, outs)], enc)
-    if args.gif:
-        save_gif(args.gif, items[0]["question"], outs[0].tokens[0].tolist(), outs[0].reveal_step[0].tolist(), enc)
-        print(f"wrote {args.gif}")
+        show(item, [(str(order), out.tokens[i].tolist(), out.reveal_step[i].tolist())
+                    for order, out in zip(orders, outs)], enc)
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_script(main)
