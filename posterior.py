@@ -14,6 +14,7 @@ NOTATION
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
   alpha^i  p's probability of opening gate i (never a noise schedule, as in some papers)
   q_t^i    q's probability of opening gate i, given x0 and c; s^i its score of i, tau a temperature
+  w_ut^i   the critic: what opening gate i at step u is worth to the later step t, in nats
 
   Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i)
                                     / (1 - prod_{i in M} (1 - alpha^i)),  r_t != 0;  r_T = 1
@@ -23,8 +24,10 @@ NOTATION
   Eq. 5  step term   L_t = sum_{i in M} q_t^i log p(x0^i | z_t) - KL_t
   Eq. 6  step KL     KL_t = sum_{i in M} KL(Bern(q_t^i) || Bern(alpha^i))
                             + log(1 - prod_{i in M} (1 - alpha^i));  KL_T = 0
-  Eq. 7  score term  (L_t^k - mean_{k' != k} L_t^k') sum_{u<t} log q(r_u^k | z_u^k),
-                     the bracket held constant
+  Eq. 7  score term  A_t^k sum_{u<t} log q(r_u^k | z_u^k) + sum_{u<t} sum_{i in M} w_ut^i q_u^i,
+                     A_t^k = (L_t - c_t)^k - mean_{k' != k} (L_t - c_t)^k'
+  Eq. 8  critic      c_t = sum_{u<t} sum_{i in M} w_ut^i (r_u^i - q_u^i);  w fits c_t to L_t
+                     In Eq. 7, 8 all but q inside log q(r) and the last q_u^i is held constant
 END NOTATION
 
 Why Eq. 3 works. The best remaining position has q = 1, so while anything is masked every step
@@ -42,15 +45,18 @@ also moves the states that later steps see. L_t depends on the gates before t on
 The mean over the *other* orders of the example is a baseline (leave-one-out, RLOO): independent of
 order k, so it costs no bias, and it removes what the orders have in common, tens of nats.
 
+Why Eq. 8 helps. What is left is still mostly noise: one number, L_t, judges some hundred gates. So
+[NEW] a critic says for each gate what it is worth, and the part of L_t that is linear in the gates,
+c_t, leaves the score term and comes back in closed form. No bias, whatever w is: given z_u,
+E[r_u^i - q_u^i] = 0, so c_t has mean 0, and E[(r_u^i - q_u^i) grad log q(r_u | z_u)] = grad q_u^i
+is what the last term of Eq. 7 restores. (A control variate; compare MuProp, Gu et al. 1511.05176,
+and action-dependent baselines, Wu et al. 1803.07246.)
+
 Cost. Before step 1 everything is masked, whatever the order, so one pass gives L_1 exactly. Of the
 steps 2..T one is drawn per example, shared by its K orders so that the baseline compares like with
 like, and (T - 1) L_t estimates their sum: 1 + K network states per example instead of T K.
 
-Ties. Two tokens that may stand in either order (the operands of 3 + 4) must not be revealed
-together, but which comes first is all the same: at equal scores the bound has no slope in their
-difference, and q can sit on that saddle. Going by values does not lead off it: while both are
-masked p cannot know which place holds which. A rule by place does. So p gets one to begin with,
-gates that start at random (train.py), and learns them at full weight while q's KL is ramped up.
+@@TIES@@
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -63,18 +69,26 @@ from model import MDM, ModelConfig, Trunk, log_p_of
 
 
 class OrderPosterior(nn.Module):
-    """s_phi: reads the clean answer and scores every position; higher is revealed earlier."""
+    """q_phi reads the clean answer once: scores of positions, and the critic's worth of gates."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, T: int):
         super().__init__()
+        D, self.T = config.n_embd, T
         self.trunk = Trunk(config)
-        self.score_head = nn.Linear(config.n_embd, 1, bias=False)
-        nn.init.normal_(self.score_head.weight, std=0.01)  # spread about tau: soft gates
+        self.score_head = nn.Linear(D, 1, bias=False)
+        self.critic = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, T * T))
+        nn.init.normal_(self.score_head.weight, std=0.01)
+        nn.init.zeros_(self.critic[-1].weight)  # w = 0 to begin with
+        nn.init.zeros_(self.critic[-1].bias)
 
     def forward(self, prompt, x0):
-        """prompt (B, P), x0 (B, L) -> scores s (B, L), float32 (bfloat16 would tie them)."""
-        h = self.trunk(self.trunk.read(prompt), x0).float()
-        return (h * self.score_head.weight).sum(-1)
+        """prompt (B, P), x0 (B, L) -> scores s (B, L), higher is revealed earlier, and the critic's
+        w (B, L, T, T) by position, step u, step t; float32 (bfloat16 would tie scores)."""
+        h = self.trunk(self.trunk.read(prompt), x0).float()                          # (B, L, D)
+        s = (h * self.score_head.weight).sum(-1)
+        embedded, *_ = self.trunk.enter(x0, self.trunk.config.prompt_len)
+        seen = torch.cat([h, embedded], -1).detach()    # the trunk does not learn for the critic
+        return s, self.critic(seen).float().unflatten(-1, (self.T, self.T))
 
 
 # --- Eq. 3: gates from scores, and orders from gates ----------------------------------------------
@@ -108,15 +122,21 @@ def sample_orders(s, K: int, T: int, tau: float, generator=None):
     return reveal_step
 
 
-def log_q_before(s, reveal_step, t, T: int, tau: float):
-    """log q(r_1 .. r_{t-1}), the part of the path that led to z_t: (B, K). t (B,) in 1..T."""
-    total = torch.zeros(reveal_step.shape[:2], device=s.device, dtype=s.dtype)
+def path_before(s, w, reveal_step, t, T: int, tau: float):
+    """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); c_t of Eq. 8; and the last
+    sum of Eq. 7, which gives c_t's expectation back. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
+    log_q_path, c, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
+    w_t = w[torch.arange(len(t)), :, :, t - 1][:, None]                            # (B, 1, L, T)
     for u in range(1, T):
         masked, opens = reveal_step >= u, reveal_step == u                            # (B, K, L)
+        before, w_ut = (u < t)[:, None], w_t[..., u - 1]                              # (B, 1 or L)
         log_q = log_gate_probs(s[:, None], masked, False, tau)
+        q = log_q.exp() * masked
         log_q_r = torch.where(opens, log_q, log_complement(log_q)).sum(-1)     # log q(r_u | z_u)
-        total = total + log_q_r * (u < t)[:, None]
-    return total
+        log_q_path = log_q_path + log_q_r * before
+        c = c + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1) * before     # mean 0 given z_u
+        worth = worth + (w_ut.detach() * q).sum(-1) * before
+    return log_q_path, c, worth
 
 
 # --- Eq. 5, 6: one step's term of the bound -------------------------------------------------------
@@ -135,7 +155,7 @@ def step_terms(log_p, gate_logits, log_q, masked, last):
     return reconstruction, torch.where(undecided, kl.sum(-1) + log_some, 0.0)
 
 
-# --- Eq. 4, 7: the objective ----------------------------------------------------------------------
+# --- Eq. 4, 7, 8: the objective -------------------------------------------------------------------
 
 def leave_one_out(value):
     """value^k - mean_{k' != k} value^k' over the orders of one example: (B, K) -> (B, K)."""
@@ -147,17 +167,20 @@ def draw_orders_and_steps(s, K: int, T: int, tau: float, generator=None):
     """What objective needs a draw of: reveal_step (B, K, L), and a later step t (B,) in 2..T.
     DEVIATION: stratified. T-1 examples in a row see each step once, each alone a uniform one."""
     reveal_step = sample_orders(s, K, T, tau, generator)
-    later = max(T - 1, 1)  # T = 1 has no later step, and gives it weight 0
+    later = max(T - 1, 1)
     first = torch.randint(later, (1,), device=s.device, generator=generator)
-    return reveal_step, 2 + (torch.arange(len(s), device=s.device) + first) % later
+    t = 2 + (torch.arange(len(s), device=s.device) + first) % later
+    return reveal_step, t.clamp(max=T)  # T = 1 has no later step, and gives it weight 0
 
 
-def objective(model: MDM, s, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
-    """Eq. 4 estimated at step 1 and at step t of each of K orders, with the gradient of Eq. 7.
-    s (B, L) scores, prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
+def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
+    """Eq. 4 estimated at step 1 and at step t of each of K orders, with the gradient of Eq. 7; less
+    the critic's squared error, which moves w alone. s (B, L) scores, w (B, L, T, T), prompt (B, P),
+    x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
 
     Returns what to maximise and detached logs, each (B,): `elbo`, `recon`, `kl` in nats per answer,
-    `q_entropy` of the gates in nats per step, `q_steps` that the orders use."""
+    `q_entropy` of the gates in nats per step, `q_steps` that the orders use; `spread` of L_t over
+    the orders of an example in nats^2, and `error`, what of it the critic leaves."""
     K = reveal_step.shape[1]
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], 1)       # (B, 1+K)
@@ -171,14 +194,16 @@ def objective(model: MDM, s, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     # [NEW] q maximises recon - kl_weight kl, p recon - kl: the gates keep their value, their
     # gradient is divided by kl_weight.
     gates = model.gate_logits(h)
-    gates = gates.detach() + (gates - gates.detach()) * (1 / kl_weight)
+    gates = gates.detach() + (gates - gates.detach()) / kl_weight
     recon, kl = step_terms(log_p_of(model, h, x0, masked), gates, log_q, masked, last)
     step_elbo = recon - kl_weight * kl                            # Eq. 5: L_1, L_t^1 .. L_t^K
 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is
     # a constant in it: what L_t itself adds to the gradient already stands in step_elbo.
-    advantage = leave_one_out(step_elbo[:, 1:].detach())                                 # (B, K)
-    surrogate = advantage * log_q_before(s, reveal_step, t, T, tau)
+    value = step_elbo[:, 1:].detach()                                                    # (B, K)
+    log_q_path, c, worth = path_before(s, w, reveal_step, t, T, tau)
+    surrogate = leave_one_out(value - c.detach()) * log_q_path + worth
+    error = leave_one_out(value - c).square()                     # Eq. 8: what w is fitted by
 
     def all_steps(term):  # L_1 + (T - 1) L_t, mean over the orders of an example
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
@@ -186,6 +211,7 @@ def objective(model: MDM, s, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     q, not_q = log_q.exp(), -torch.expm1(log_q)
     entropy = -(q * log_q + not_q * log_complement(log_q)).sum(-1)
     logs = {"elbo": all_steps(recon - kl), "recon": all_steps(recon), "kl": all_steps(kl),
-            "q_entropy": all_steps(entropy) / T, "q_steps": reveal_step.amax(-1).float().mean(1)}
-    logs = {name: value.detach() for name, value in logs.items()}
-    return all_steps(step_elbo) + (T - 1) * surrogate.mean(1), logs
+            "q_entropy": all_steps(entropy) / T, "q_steps": reveal_step.amax(-1).float().mean(1),
+            "spread": leave_one_out(value).square().mean(1), "error": error.mean(1)}
+    logs = {name: log.detach() for name, log in logs.items()}
+    return all_steps(step_elbo) + (T - 1) * surrogate.mean(1) - error.mean(1), logs

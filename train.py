@@ -23,12 +23,16 @@ The log, and what healthy looks like (bounds and kl in nats per answer):
     val          bound on log p(x0 | c), validation items: rises, flattens; the order stage begins
                  far below where stage 1 ended, because q's gates are charged too, and climbs back.
                  At the end of a stage over all validation items, with its standard error, val_se
-    elbo, recon, kl   of the batch, elbo = recon - kl. kl falls from about ten to well below 1: p
-                 has learned to predict q's order. Near 0 at once, with q_steps near 1, is collapse
+    elbo, recon, kl   means since the last line, elbo = recon - kl. kl falls from about ten to well
+                 below 1: p has learned to predict q's order. Near 0 at once, with q_steps near 1,
+                 is collapse
     q_entropy    of q's gates, nats per step; falls slowly. Below 1 within 200 steps, with recon
                  low, is an order frozen too early: smaller --lr_scale_posterior, or larger --tau
     q_steps      steps used under q. Falling to 1 is collapse: smaller --tau, longer --kl_ramp
     p_steps      steps that the sampler uses on validation items; approaches q_steps
+    explained    share of what the later steps' terms vary between the orders of an example that
+                 the critic foretells: 0 at first, 0.2 to 0.5 in the end. Negative for long: its
+                 error is larger than with no critic at all
     grad         gradient norm before clipping to 1; ktok/s: thousand input tokens a second
 """
 
@@ -105,13 +109,19 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            least = {"K": 2, "seed": -(2**63), "kl_ramp": 0, "n_pieces": 0}.get(f.name, 1)
+            least = {"K": 2, "seed": -(2**63), "n_pieces": 0}.get(f.name, 1)
             if f.type is int and not least <= getattr(self, f.name) < 2**63:
                 raise UserError(f"--{f.name} must be at least {least}")
             if f.type is float and not 0 <= getattr(self, f.name) < math.inf:
                 raise UserError(f"--{f.name} must be at least 0")
         if self.dataset not in DATASETS or not set(self.stages.split(",")) <= set(STAGES):
             raise UserError(f"no such data set or stage: {self.dataset}, {self.stages}")
+        if self.batch_size % self.chunks or self.batch_size_order % self.chunks:
+            raise UserError(f"--chunks {self.chunks} must divide both batch sizes")
+        if not (self.tau > 0 and self.tau_end > 0):
+            raise UserError("--tau and --tau_end must be above 0")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"--dtype {self.dtype}: want auto, float32 or bfloat16")
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"--n_embd {self.n_embd} must be a multiple of 2 x --n_head")
 
@@ -179,10 +189,18 @@ class Muon(torch.optim.Muon):
 
 def make_optimizers(module, config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest. DEVIATION: the paper's unknown."""
-    matrices = [p for name, p in module.named_parameters() if "blocks." in name and p.ndim == 2]
-    others = [p for name, p in module.named_parameters() if "blocks." not in name or p.ndim != 2]
-    adamw = torch.optim.AdamW(others, config.lr_other * scale, betas=(0.9, 0.98), weight_decay=0)
-    return [adamw, Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0)]
+    matrices, critic, others = [], [], []
+    for name, p in module.named_parameters():
+        matrix = ".blocks." in name and p.ndim == 2
+        (matrices if matrix else critic if name.startswith("critic.") else others).append(p)
+    groups = [{"params": others, "lr": config.lr_other * scale}]
+    if critic:
+        groups.append({"params": critic, "lr": 1e-3, "critic": True})
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0),
+                  Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0)]
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["peak_lr"] = group["lr"]
+    return optimizers
 
 
 def lr_factor(progress: float, step: int) -> float:
@@ -251,9 +269,9 @@ def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, pr
         # some of step t's positions to step t+1, among those that were meant to wait for them.
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
         tau = c.tau * (c.tau_end / c.tau) ** progress
-        s = posterior(prompt, x0)
+        s, w = posterior(prompt, x0)
         reveal_step, t = draw_orders_and_steps(s, c.K, c.T, tau, generator)
-        return objective(model, s, prompt, x0, reveal_step, t, c.T, tau, kl_weight)
+        return objective(model, s, w, prompt, x0, reveal_step, t, c.T, tau, kl_weight)
 
 
 @torch.no_grad()
@@ -272,7 +290,7 @@ def validate(run: Run, model: MDM, posterior: OrderPosterior | None, progress: f
     elbo = torch.cat(elbos).double()
     record = {"val": elbo.mean().item()}
     if progress == 1:
-        record["val_se"] = (elbo.std() / len(elbo) ** 0.5).item()
+        record["val_se"] = (elbo.std(correction=0) / len(elbo) ** 0.5).item()
     if posterior is not None:
         steps = generate(model, prompts[:64].to(run.device), run.config.T).steps
         record["p_steps"] = steps.float().mean().item()
@@ -280,6 +298,14 @@ def validate(run: Run, model: MDM, posterior: OrderPosterior | None, progress: f
 
 
 # --- the stages -----------------------------------------------------------------------------------
+
+def stage_size(stage: str, config: Config) -> tuple[int, int]:
+    """Optimizer steps, examples a step. The control sees as many network states as the order."""
+    if stage == "denoiser":
+        return config.max_steps_denoiser, config.batch_size
+    states = 1 + config.K if stage == "control" else 1
+    return config.max_steps_order, config.batch_size_order * states
+
 
 def build_stage(stage: str, run: Run):
     """The networks that a stage trains, as before its first step, and their optimizers."""
@@ -299,7 +325,8 @@ def build_stage(stage: str, run: Run):
                             "--stages denoiser too, or give it the same constants")
     if stage != "order":
         return model, None, make_optimizers(model, config)
-    posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior)).to(run.device)
+    posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
+    posterior = posterior.to(run.device)
     # [NEW] Gates that differ at random from place to place, their logits spread by 0.9: a rule for
     # q to lean to (posterior.py, "Ties").
     torch.nn.init.normal_(model.gate_head.weight, std=0.08 * (128 / config.n_embd) ** 0.5)
@@ -307,20 +334,52 @@ def build_stage(stage: str, run: Run):
                               *make_optimizers(posterior, config, config.lr_scale_posterior)]
 
 
+def train_step(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None, optimizers,
+               step: int):
+    """One batch, one update: logs (mean over the batch, one tensor), their names, the gradient's
+    norm, tokens read. Parts of the batch are computed in turn, or by as many processes."""
+    config = run.config
+    steps, size = stage_size(stage, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    for group in groups:
+        group["lr"] = group["peak_lr"] * lr_factor(step / steps, step)
+    for p in params:
+        p.grad = None
+    prompt, x0 = batch_at(run, stage, step, size)
+    parts = [*zip(prompt.tensor_split(config.chunks), x0.tensor_split(config.chunks))]
+    sums = 0
+    for i in range(run.rank, config.chunks, run.world):
+        generator = torch.Generator(run.device)
+        generator.manual_seed(seed_of(config.seed, stage, step * config.chunks + i))
+        value, logs = bound(run, model, posterior, *parts[i], step / steps, generator)
+        loss = -value.mean() / config.answer_len  # per token: the size of a cross-entropy
+        (loss / config.chunks).backward()
+        sums = sums + torch.stack([log.mean() for log in logs.values()]) / config.chunks
+    if run.world > 1:  # every process has the gradients of its parts; their sum is the batch's
+        for part in [sums, *[p.grad for p in params if p.grad is not None]]:
+            dist.all_reduce(part)
+    # The critic's squared error is no likelihood, and would fill the norm.
+    clipped = [p for group in groups if not group.get("critic") for p in group["params"]]
+    grad = torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+    if not grad.isfinite():
+        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient; start anew "
+                        "with smaller learning rates")
+    for optimizer in optimizers:
+        optimizer.step()
+    states = 1 + config.K if stage == "order" else 1
+    return sums, [*logs], grad, len(x0) * (prompt.shape[1] + states * x0.shape[1])
+
+
 def train_stage(stage: str, run: Run, resume: dict | None):
     """Train one stage to its end, from its start or from a resume point; write its checkpoint."""
     config, out = run.config, Path(run.config.out_dir)
-    steps, size = config.max_steps_denoiser, config.batch_size
-    if stage != "denoiser":
-        steps, size = config.max_steps_order, config.batch_size_order
-        size *= 1 if stage == "order" else 1 + config.K
+    steps, _ = stage_size(stage, config)
     model, posterior, optimizers = build_stage(stage, run)
-    networks = [model, posterior] if posterior else [model]
-    params = [p for network in networks for p in network.parameters()]
-    base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    trained = [part for part in (model, posterior, *optimizers) if part]
     begin = resume["step"] if resume else 0
     if resume:
-        for part, state in zip([*networks, *optimizers], resume["states"], strict=True):
+        for part, state in zip(trained, resume["states"], strict=True):
             part.load_state_dict(state)
 
     def save(name: str, step: int, parts=()):
@@ -329,47 +388,29 @@ def train_stage(stage: str, run: Run, resume: dict | None):
                             stage=stage, step=step, log=run.log,
                             states=[part.state_dict() for part in parts])
 
-    tokens, since = 0, time.perf_counter()
+    sums, tokens, since, last = 0, 0, time.perf_counter(), begin
     bar = tqdm(range(begin, steps), initial=begin, total=steps, desc=stage, disable=run.rank > 0)
     for step in bar:
-        progress, done = step / steps, step + 1
-        for optimizer, lr in zip(optimizers, base_lrs):
-            optimizer.param_groups[0]["lr"] = lr * lr_factor(progress, step)
-            optimizer.zero_grad(set_to_none=True)
-        prompt, x0 = batch_at(run, stage, step, size)
-        sums = torch.zeros(5 if posterior else 1, device=run.device)
-        parts = [*zip(prompt.tensor_split(config.chunks), x0.tensor_split(config.chunks))]
-        for i in range(run.rank, config.chunks, run.world):
-            seed = seed_of(config.seed, stage, step * config.chunks + i)
-            generator = torch.Generator(run.device).manual_seed(seed)
-            value, logs = bound(run, model, posterior, *parts[i], progress, generator)
-            loss = -value.mean() / config.answer_len  # per token: the size of a cross-entropy
-            (loss / config.chunks).backward()
-            sums += torch.stack([log.mean() for log in logs.values()]) / config.chunks
-        if run.world > 1:  # every process has the gradients of its parts; their sum is the batch's
-            for part in [sums, *[p.grad for p in params if p.grad is not None]]:
-                dist.all_reduce(part)
-        grad = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        if not grad.isfinite():
-            raise UserError(f"stage {stage}, step {done}: NaN or inf in the gradient; start anew "
-                            "with smaller learning rates")
-        for optimizer in optimizers:
-            optimizer.step()
-
-        tokens += len(x0) * (prompt.shape[1] + x0.shape[1] * (1 + config.K if posterior else 1))
-        if done % config.log_every == 0 or done == steps:
-            record = {"stage": stage, "step": done, **dict(zip(logs, sums.tolist())),
-                      "grad": grad.item(), "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
-            if done % config.eval_every == 0 or done == steps:
+        logs, names, grad, read = train_step(stage, run, model, posterior, optimizers, step)
+        sums, tokens, done = sums + logs, tokens + read, step + 1
+        validating = done % config.eval_every == 0 or done == steps
+        if done % config.log_every == 0 or validating:
+            means = dict(zip(names, (sums / (done - last)).tolist()))
+            if posterior:
+                means["explained"] = 1 - means.pop("error") / max(means.pop("spread"), 1e-9)
+            record = {"stage": stage, "step": done, **means, "grad": grad.item(),
+                      "seconds": time.perf_counter() - since,
+                      "ktok/s": tokens / (time.perf_counter() - since) / 1e3}
+            if validating:
                 record |= validate(run, model, posterior, done / steps)
             run.log.append(json.dumps(record) + "\n")
             if run.rank == 0:
                 (out / "log.jsonl").write_text("".join(run.log))
                 tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v:>8}"
                                      for k, v in record.items()))
-            tokens, since = 0, time.perf_counter()
-        if done % config.eval_every == 0 or done == steps:
-            save("resume.pt", done, [*networks, *optimizers])
+            sums, tokens, since, last = 0, 0, time.perf_counter(), done
+        if validating:
+            save("resume.pt", done, trained)
     save(STAGES[stage], steps)
     if run.world > 1:
         dist.barrier()  # the next stage starts from that file
@@ -378,8 +419,6 @@ def train_stage(stage: str, run: Run, resume: dict | None):
 def final_table(run: Run):
     """Orders at T steps on validation items: the learned one on ckpt.pt, rules on denoiser.pt."""
     config, out, rows = run.config, Path(run.config.out_dir), []
-    if not all((out / name).is_file() for name in ("ckpt.pt", "denoiser.pt")):
-        return
     models = {name: load_checkpoint(out / f"{name}.pt", run.device)[0]
               for name in ("ckpt", "denoiser")}
     metric = "coherent" if config.dataset.startswith("toy") else "accuracy"
@@ -405,12 +444,17 @@ def main(argv=None):
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     if config.resume:
         resume = load_checkpoint(out / "resume.pt")[1]
+        if not resume["states"]:
+            raise UserError(f"{out / 'resume.pt'} is no resume point")
         if resume["pieces"] != run.pieces:
             raise UserError("resume.pt was trained on other data: bring back what --data_dir held")
         run.log = resume["log"]
     stages = [stage for stage in STAGES if stage in config.stages.split(",")]
     if not config.resume and run.rank == 0:  # what an earlier run has left must not be taken up
         (out / "resume.pt").unlink(missing_ok=True)
+        if "denoiser" not in stages and (out / "log.jsonl").is_file():
+            run.log = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True)
+                       if json.loads(line)["stage"] not in stages]
     try:
         for stage in stages[stages.index(resume["stage"]) if resume else 0 :]:
             train_stage(stage, run, resume if resume and resume["stage"] == stage else None)
@@ -421,7 +465,8 @@ def main(argv=None):
     if run.world > 1:
         dist.destroy_process_group()
     if run.rank == 0:
-        final_table(run)
+        if "order" in stages:
+            final_table(run)
         ckpt = shlex.quote(str(out / "ckpt.pt"))
         print(f"{(time.perf_counter() - start) / 60:.1f} minutes on {run.device}; next: "
               f"python sample.py --steps {config.T} --ckpt {ckpt}")
