@@ -145,7 +145,7 @@ def to_items(rows, where: str) -> list[dict]:
                 row = json.loads(row) if row.startswith("{") else \
                     dict(zip(("question", "answer"), row.split("||")))
             items.append(to_item(row))
-        except ValueError as e:
+        except (TypeError, ValueError) as e:
             raise UserError(f"{where}, line {place}: {e}") from e
     if not items:
         raise UserError(f"{where} has no items")

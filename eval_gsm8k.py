@@ -108,7 +108,7 @@ def judge(text: str, answer: str) -> dict:
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a share of n (Wilson 1927); unlike p +- z sigma it stays in 0..1."""
     center, half = share + z * z / n / 2, z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
-    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    return max(0, center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
@@ -223,7 +223,7 @@ def main(argv=None):
 
     models, files = {}, {}
     for path in filter(None, (args.ckpt, args.control)):
-        name = Path(path).stem
+        name = Path(path).stem if Path(path).stem not in models else "control"
         models[name], state = load_checkpoint(path, device)
         files[name] = {"crc32": zlib.crc32(Path(path).read_bytes()), "step": state["step"],
                        "pieces": zlib.crc32(str(state["pieces"]).encode()), **state["versions"]}
@@ -232,6 +232,7 @@ def main(argv=None):
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
     L = config["answer_len"]
     metric = args.metric or ("coherent" if config["dataset"].startswith("toy") else "accuracy")
+    args.metric = metric
     splits = load_splits(config["dataset"], args.data_dir or config["data_dir"],
                          toy_sizes={name: TOY_SIZES[name] for name in ("val", "test")})
     tuning, splits["val"] = splits["val"][: args.tune_items], splits["val"][args.tune_items :]
@@ -239,16 +240,17 @@ def main(argv=None):
     if not items:
         raise UserError(f"--tune_items {args.tune_items} leaves no validation items to report on")
 
-    path, rows = Path(args.json), []
+    path, rows, kept = Path(args.json), [], ""
     meta = {"args": vars(args), "train_config": config, "checkpoints": files, "device": str(device),
             "threads": torch.get_num_threads(), **versions()}
     if path.is_file():
         try:
             old = json.loads(path.read_text())
-            rows = old["rows"] if old["meta"] == meta else []
+            rows, same = old["rows"], old["meta"] == meta
+            rows = rows if same else []
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"--json {path} holds no results of this script: name another") from e
-        print(f"{len(rows)} rows of this evaluation are in {path}" if rows else f"replacing {path}")
+        kept = f"{len(rows)} rows of this evaluation are in" if rows else "replacing"
     done = {(row["budget"], row["asked"], row["checkpoint"]) for row in rows}
     jobs = [(budget, order, name) for budget in dict.fromkeys(min(b, L) for b in budgets)
             for order in orders for name in ([*models][:1] if order.name == "learned" else models)]
@@ -264,9 +266,9 @@ def main(argv=None):
         rows.append({"asked": str(order), "budget": budget, "checkpoint": name, **row})
         write_json(path, {"meta": meta, "rows": rows})
     best = best_rules(rows)
-    write_json(path, {"meta": meta, "rows": rows})
-    print(f"{config['dataset']}, {len(items)} {args.split} items, {rows[0]['fit']} of them fit; "
-          f"each rule on the better of {' and '.join(models)}, in %; written to {path}")
+    write_json(path, {"meta": meta, "rows": rows})  # with p; before anything is printed
+    print(f"{kept or 'writing'} {path}\n{config['dataset']}, {len(items)} {args.split} items, "
+          f"{rows[0]['fit']} of them fit; each rule on the better of {' and '.join(models)}, in %")
     print_table(best, metric)
 
 

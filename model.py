@@ -22,6 +22,8 @@ Axes: B batch, K orders, P prompt, L answer canvas, V vocabulary without MASK, D
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
 """
 
+import functools
+import io
 import os
 import platform
 import shutil
@@ -211,6 +213,7 @@ def pick_device(name: str) -> torch.device:
 
 # --- checkpoints: one self-describing file of plain types -----------------------------------------
 
+@functools.cache
 def versions() -> dict:
     """Of this code: its commit ("+" if files differ from it; "" if it is not a repository of its
     own), of torch and of Python."""
@@ -227,7 +230,9 @@ def save_checkpoint(path: Path, model: MDM, **extra):
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     state = {"schema": SCHEMA, "versions": versions(), **extra,
              "model_config": asdict(model.config), "model": model.state_dict()}
-    torch.save(state, path.with_suffix(".tmp"))
+    file = io.BytesIO()  # torch.save into a file that cannot grow raises no OSError
+    torch.save(state, file)
+    path.with_suffix(".tmp").write_bytes(file.getbuffer())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -239,6 +244,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MDM, dict]:
         state = torch.load(path, map_location=device, weights_only=True)
         if state["schema"] != SCHEMA:
             raise ValueError(f"schema {state['schema']}, this code reads {SCHEMA}: train again")
+        if missing := {"pieces", "train_config", "stage", "step", "log", "states"} - set(state):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = MDM(ModelConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])  # names and shapes must be the network's
     except Exception as e:  # unpickling a foreign file raises almost anything

@@ -322,6 +322,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     device, orders = pick_device(args.device), [parse_order(o) for o in args.compare.split(",")]
+    if not args.temperature >= 0:
+        raise UserError("--temperature must be at least 0")
     model, state = load_checkpoint(args.ckpt, device)
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
     if args.prompt is None:
