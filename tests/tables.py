@@ -31,9 +31,9 @@ class TableModel(nn.Module):
         return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)  # the state read as a number
 
     def read(self, prompt):
-        return prompt
+        return (prompt,)
 
-    def forward(self, prompt, z, read=None):
+    def forward(self, cache, z):
         return self.table[self.row(z)]
 
     def log_p(self, h):

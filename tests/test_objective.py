@@ -4,8 +4,6 @@ The equations are those of posterior.py. test_mutations.py breaks posterior.py i
 the tests of this file on what is left, to show that they can fail."""
 
 import itertools
-from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,27 +11,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import posterior
-import tables
 from model import MDM, ModelConfig, log_p_of
-from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint, log_p_marginal, orders, plain_step,
-                    possible_orders, q_gates, q_of, q_step, scores)
+from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint,
+                    log_p_marginal, log_p_tokens, orders, plain_step, possible_orders, q_gates,
+                    q_of, q_step, scores)
+
+NO_PROMPT = torch.zeros(1, 0, dtype=torch.long)
 
 
 def close(a, b, tolerance=1e-10):
     return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def two_steps(model, s, x0, chosen, t, T, **flags):
-    """The objective that train.py maximises, for one example whose K orders are `chosen`, at steps 1 and t."""
-    return posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([x0]), torch.tensor([chosen]),
-                                  torch.tensor([t]), T=T, tau=TAU, **flags)
+def critic(L, T, seed=7):
+    """Any numbers in the place of w: Eq. 7 must hold whatever the critic says."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, L, T, T, generator=generator, dtype=torch.float64)
+
+
+def two_steps(model, s, x0, chosen, t, T, w=None, kl_weight=1.0):
+    """What train.py maximises, for one example whose K orders are `chosen`, at steps 1 and t."""
+    w = critic(len(x0), T + 1) if w is None else w  # T = 1 is asked for a step 2
+    value, logs = posterior.objective(model, s[None], w, NO_PROMPT, torch.tensor([x0]),
+                                      torch.tensor([chosen]), torch.tensor([t]), T, TAU, kl_weight)
+    return value.sum(), {name: log.squeeze(0) for name, log in logs.items()}
 
 
 def step_logs(model, s, x0, order, t, T):
-    """elbo, recon and kl of step t alone, at the state that it starts from in the order: L_1 + (T - 1) L_t less L_1.
-    A step after the last costs nothing, and leaves L_1."""
-    at, first = (two_steps(model, s, x0, [order, order], step, T)[1] for step in (t, T + 1))
-    return {name: first[name] if t == 1 else (at[name] - first[name]) / (T - 1) for name in ("elbo", "recon", "kl")}
+    """elbo, recon and kl of step t alone, at the state that it starts from in the order:
+    L_1 + (T - 1) L_t less L_1. A step after the last costs nothing, and leaves L_1."""
+    w = critic(len(x0), T + 1)  # of as many steps as are asked for here
+    at, first = (two_steps(model, s, x0, [order, order], step, T, w)[1] for step in (t, T + 1))
+    return {name: first[name] if t == 1 else (at[name] - first[name]) / (T - 1)
+            for name in ("elbo", "recon", "kl")}
 
 
 def step_term(model, s, x0, order, t, T):
@@ -89,17 +99,16 @@ def test_log_q_matches_the_scalar_definition(L, T):
     s = scores(L)
     for o in possible_orders(s, T):
         for t in range(1, T + 1):
-            log_q = posterior.log_q_before(s[None], torch.tensor([[o]]), torch.tensor([t]), T, TAU)
+            log_q, *_ = posterior.path_before(s[None], critic(L, T), torch.tensor([[o]]),
+                                              torch.tensor([t]), T, TAU)
             assert close(log_q, q_of(s, o, T, until=min(t, max(o) + 1)).log())
 
 
-@pytest.mark.parametrize("plateau", [0.0, 0.8])
 @pytest.mark.parametrize("L, T", SIZES)
-def test_orders_are_drawn_from_q(L, T, plateau):
+def test_orders_are_drawn_from_q(L, T):
     s, n = scores(L).detach(), 100_000
-    drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0), plateau)[0]
-    with patch.object(tables, "PLATEAU", plateau):
-        law = possible_orders(s, T)
+    drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0))[0]
+    law = possible_orders(s, T)
     seen = {o: (drawn == torch.tensor(o)).all(-1).sum().item() for o in law}
     assert sum(seen.values()) == n  # nothing outside the law
     chi2 = sum((seen[o] - n * q) ** 2 / (n * q) for o, q in law.items())
@@ -115,7 +124,8 @@ def test_any_scores_give_orders_with_a_finite_log_q(s, T, tau, seed):
     reveal_step = posterior.sample_orders(s, 3, T, tau, torch.Generator().manual_seed(seed))
     for order in reveal_step[0].tolist():
         assert set(order) == set(range(1, max(order) + 1)) and max(order) <= T
-    log_q = posterior.log_q_before(s, reveal_step, torch.tensor([T]), T, tau)
+    w = torch.zeros(1, s.shape[1], T, T)
+    log_q, *_ = posterior.path_before(s, w, reveal_step, torch.tensor([T]), T, tau)
     gradient, = torch.autograd.grad(log_q.sum() + 0 * s.sum(), s)
     assert log_q.isfinite().all() and (log_q <= 0).all() and gradient.isfinite().all()
 
@@ -321,35 +331,6 @@ def test_gradient_is_exact_in_expectation(L, T, K):
     assert_gradient_is_exact(two_steps, L, T, K, later_steps(T))
 
 
-@pytest.mark.parametrize("L, T", SIZES)
-def test_gradient_is_exact_with_a_plateau(L, T):
-    with patch.object(tables, "PLATEAU", 0.8):
-        s = scores(L)
-        assert_gradient_is_exact(partial(two_steps, plateau=0.8), L, T, 2, later_steps(T))
-        for o in possible_orders(s, T):
-            log_q = posterior.log_q_before(s[None], torch.tensor([[o]]), torch.tensor([T]), T, TAU, 0.8)
-            assert close(log_q, q_of(s, o, T, until=min(T, max(o) + 1)).log())
-
-
-def test_a_plateau_opens_a_group_of_nearly_equal_scores_together():
-    s = torch.tensor([[0.0, -0.05, -0.03, -1.0, -1.02]])
-    drawn = posterior.sample_orders(s, 1000, 4, 0.1, torch.Generator().manual_seed(0), plateau=0.99)[0]
-    assert (drawn == torch.tensor([1, 1, 1, 2, 2])).all(-1).float().mean() > 0.95
-    assert (posterior.sample_orders(s, 1000, 4, 0.1, torch.Generator().manual_seed(0))[0] == torch.tensor([1, 1, 1, 2, 2])).all(-1).float().mean() < 0.5
-
-
-@pytest.mark.parametrize("L, T", SIZES)
-def test_gradient_is_exact_whatever_share_of_a_token_is_left_out(L, T):
-    """And the objective, which that share shifts, has the same expectation but for sum_i c^i."""
-    estimator = partial(two_steps, token_baseline=0.6)
-    assert_gradient_is_exact(estimator, L, T, 2, later_steps(T))
-    model, s, x0, law = TableModel(L), scores(L), X0[L], possible_orders(scores(L), T)
-    shift = sum(q * (two_steps(model, s, x0, [o, o], t, T)[0] - estimator(model, s, x0, [o, o], t, T)[0]) / len(later_steps(T))
-                for o, q in law.items() for t in later_steps(T))
-    masked = torch.ones(1, L, dtype=torch.bool)
-    assert close(shift, 0.6 * log_p_of(model, model(None, torch.full((1, L), V)), torch.tensor([x0]), masked).sum())
-
-
 @pytest.mark.parametrize("K", [2, 3])
 @pytest.mark.parametrize("L, T", SIZES)
 def test_trajectory_gradient_is_exact_in_expectation(L, T, K):
@@ -362,55 +343,149 @@ def test_leave_one_out_is_value_minus_mean_of_the_others():
     assert torch.allclose(posterior.leave_one_out(value), expected, atol=1e-12)
 
 
-def test_a_batch_is_the_mean_of_its_rows():
-    """Different answers, scores, orders and steps side by side: no row's baseline or path touches another."""
-    T, model = 3, TableModel()
-    rows = [(scores(seed=1), (1, 0, 1), [(1, 2, 3), (1, 1, 2)], 2), (scores(seed=2), (0, 0, 1), [(2, 1, 1), (1, 1, 1)], 2),
+def test_a_row_of_a_batch_is_what_it_is_alone():
+    """Different answers, scores, orders and steps side by side: no row's baseline, path or critic
+    touches another."""
+    T, model, w = 3, TableModel(), torch.cat([critic(3, 3, seed) for seed in range(3)])
+    rows = [(scores(seed=1), (1, 0, 1), [(1, 2, 3), (1, 1, 2)], 2),
+            (scores(seed=2), (0, 0, 1), [(2, 1, 1), (1, 1, 1)], 2),
             (scores(seed=3), (1, 1, 0), [(3, 2, 1), (2, 1, 2)], 3)]
     s, x0, chosen, t = zip(*rows)
-    together, _ = posterior.objective_at(model, torch.stack(s), torch.zeros(3, 0, dtype=torch.long), torch.tensor(x0), torch.tensor(chosen),
-                                         torch.tensor(t), T=T, tau=TAU)
-    alone = sum(two_steps(model, *row, T)[0] for row in rows) / 3
-    assert close(together, alone)
-    for a, b in zip(torch.autograd.grad(together, (model.table, *s)), torch.autograd.grad(alone, (model.table, *s))):
+    together, logs = posterior.objective(model, torch.stack(s), w, NO_PROMPT.expand(3, 0),
+                                         torch.tensor(x0), torch.tensor(chosen), torch.tensor(t),
+                                         T, TAU)
+    alone = [two_steps(model, *row, T, w[i : i + 1]) for i, row in enumerate(rows)]
+    for i, (value, one) in enumerate(alone):
+        assert close(together[i], value) and all(close(logs[name][i], one[name]) for name in one)
+    total = sum(value for value, _ in alone)
+    for a, b in zip(torch.autograd.grad(together.sum(), (model.table, *s)),
+                    torch.autograd.grad(total, (model.table, *s))):
         assert (a - b).abs().max() < 1e-12
 
 
-def test_kl_weight_spares_q_only():
-    """theta gets the gradient of the whole bound whatever the weight; phi that of recon - kl_weight * kl, linear in it."""
-    T, model, s = 3, TableModel(), scores()
-    def gradient(kl_weight):
-        objective, _ = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([X0[3]]),
-                                              torch.tensor([[(1, 2, 3), (2, 1, 1)]]), torch.tensor([2]), T=T, tau=TAU, kl_weight=kl_weight)
-        return torch.autograd.grad(objective, (model.table, s))
-    (theta, phi), (theta_half, phi_half), (theta_tenth, phi_tenth) = gradient(1.0), gradient(0.5), gradient(0.1)
-    assert (theta - theta_half).abs().max() < 1e-12 and (theta - theta_tenth).abs().max() < 1e-12
-    assert (phi_tenth + (phi - phi_tenth) * 4 / 9 - phi_half).abs().max() < 1e-12 and (phi - phi_half).abs().max() > 1e-3
+def weighted_elbo(model, s, x0, T, kl_weight):
+    """E_q sum_t recon_t - kl_weight KL_t, gate by gate."""
+    total = 0.0
+    for o in possible_orders(s, T):
+        tokens = sum(log_p_tokens(model, x0, o, t) for t in range(1, max(o) + 1))
+        gates = q_of(s, o, T).log() - sum(log_p_gates(model, x0, o, t, T)
+                                          for t in range(1, max(o) + 1))
+        total = total + q_of(s, o, T) * (tokens - kl_weight * gates)
+    return total
 
 
-class ScoreTable(torch.nn.Module):
-    def __init__(self, s):
-        super().__init__()
-        self.s = s
-
-    def forward(self, prompt, x0):
-        return self.s.expand(len(x0), -1)
+@pytest.mark.parametrize("L, T", [(3, 3), (4, 2)])
+def test_kl_weight_spares_q_only(L, T):
+    """In expectation, advantage included: theta's gradient is that of the whole bound, phi's that
+    of recon - kl_weight KL. The logged bound has no weight."""
+    model, s, x0 = TableModel(L), scores(L), X0[L]
+    def estimator(*args):
+        return two_steps(*args, kl_weight=0.3)
+    (theta, phi), _ = gradient_moments(estimator, model, s, x0, T, 2, later_steps(T))
+    exact, = torch.autograd.grad(exact_elbo(model, s, x0, T), model.table)
+    weighted, = torch.autograd.grad(weighted_elbo(model, s, x0, T, 0.3), s)
+    assert (theta - exact).abs().max() < 1e-10 and (phi - weighted).abs().max() < 1e-10
+    order = [next(iter(possible_orders(s, T)))] * 2
+    assert all(close(a, b) for (name, a), b in zip(estimator(model, s, x0, order, 2, T)[1].items(),
+                                                   two_steps(model, s, x0, order, 2, T)[1].values())
+               if name not in ("spread", "error"))
 
 
 @pytest.mark.parametrize("L, T", [(3, 3), (4, 2)])
 def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
-    """order_objective end to end, its own draws included: within 4 standard errors over 100 batches."""
+    """draw_orders_and_steps and objective, two different answers and a batch that is no multiple of
+    T - 1: within 4 standard errors over 100 batches."""
     model, s, generator, batches = TableModel(L), scores(L), torch.Generator().manual_seed(0), []
-    prompt, x0 = torch.zeros(500, 0, dtype=torch.long), torch.tensor(X0[L]).expand(500, -1)
+    other, B = tuple(1 - token for token in X0[L]), 501
+    x0 = torch.tensor([X0[L]] * 251 + [other] * 250)
+    share = {X0[L]: 251 / 501, other: 250 / 501}
     for _ in range(100):
-        objective, logs = posterior.order_objective(model, ScoreTable(s), prompt, x0, T=T, K=4, tau=TAU, generator=generator)
-        batches.append(torch.cat([logs["elbo"][None], *(g.flatten() for g in torch.autograd.grad(objective, (model.table, s)))]))
+        drawn = posterior.draw_orders_and_steps(s.expand(B, -1), 4, T, TAU, generator)
+        value, logs = posterior.objective(model, s.expand(B, -1), critic(L, T).expand(B, -1, -1, -1),
+                                          NO_PROMPT.expand(B, 0), x0, *drawn, T, TAU)
+        gradient = torch.autograd.grad(value.mean(), (model.table, s))
+        batches.append(torch.cat([logs["elbo"].mean()[None], *(g.flatten() for g in gradient)]))
     batches = torch.stack(batches)
-    exact = exact_elbo(model, s, X0[L], T)
-    exact = torch.cat([exact[None].detach(), *(g.flatten() for g in torch.autograd.grad(exact, (model.table, s)))])
+    exact = sum(share[x] * exact_elbo(model, s, x, T) for x in share)
+    exact = torch.cat([exact[None].detach(),
+                       *(g.flatten() for g in torch.autograd.grad(exact, (model.table, s)))])
     error, standard = (batches.mean(0) - exact).abs(), batches.std(0) / len(batches) ** 0.5
     assert (error <= 4 * standard + 1e-12).all()
     assert standard[0] < 0.01 * exact[0].abs()  # the test has power
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5])
+def test_each_later_step_is_drawn_equally_often_by_every_row(T):
+    s, generator = torch.zeros(4, 2), torch.Generator().manual_seed(0)
+    t = torch.stack([posterior.draw_orders_and_steps(s, 2, T, 1.0, generator)[1] for _ in range(4000)])
+    later = max(T - 1, 1)
+    counts = torch.stack([(t == min(step, T)).sum(0) for step in range(2, 2 + later)]) / 4000
+    assert (counts.sum(0) - 1).abs().max() < 1e-5 and (counts - 1 / later).abs().max() < 0.04
+    assert T < 3 or (t[:, 0] != t[:, 1]).all()  # stratified: rows in a row see different steps
+
+
+def test_the_logs_are_those_of_the_orders():
+    """q_entropy in nats per step and q_steps, by hand, at two orders of different lengths."""
+    T, model, s, x0 = 3, TableModel(), scores(), X0[3]
+    first, second, *_ = sorted(possible_orders(s, T), key=max)
+    first, second = first, next(o for o in possible_orders(s, T) if max(o) == 3)
+    def entropy(order, t):
+        gates = torch.stack([*q_gates(s, order, t, T).values()]) if max(order) >= t else torch.ones(1)
+        return -(torch.special.xlogy(gates, gates) + torch.special.xlogy(1 - gates, 1 - gates)).sum()
+    logs = two_steps(model, s, x0, [first, second], 2, T)[1]
+    later = sum(entropy(o, 2) for o in (first, second)) / 2
+    assert close(logs["q_entropy"], (entropy(first, 1) + (T - 1) * later) / T)
+    assert logs["q_steps"] == (max(first) + max(second)) / 2
+
+
+# --- Eq. 8: the critic ------------------------------------------------------------------------------
+
+def model_where_a_gate_matters():
+    """Token 0 is certain once position 2 is known, and worth 6 nats less before."""
+    model = TableModel()
+    with torch.no_grad():
+        for z in itertools.product(range(V + 1), repeat=3):
+            if z[2] == V:
+                model.table[model.row(torch.tensor(z)), 0, X0[3][0]] -= 6
+    return model
+
+
+def test_a_fitted_critic_lowers_the_variance_and_moves_no_mean():
+    """w by gradient ascent on the objective, over all pairs of orders: nothing but Eq. 8 moves it."""
+    T, model, s, x0 = 3, model_where_a_gate_matters(), scores(), X0[3]
+    law = possible_orders(s, T)
+    w = torch.zeros(1, 3, T, T, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=0.7)
+    for _ in range(20):
+        loss = -sum(law[a] * law[b] * two_steps(model, s, x0, [a, b], t, T, w)[0]
+                    for a in law for b in law for t in later_steps(T))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    moments = {}
+    for name, numbers in (("none", torch.zeros_like(w)), ("fitted", w.detach())):
+        def estimator(*args):
+            return two_steps(*args, w=numbers)
+        mean, variance = gradient_moments(estimator, model, s, x0, T, 2, later_steps(T))
+        moments[name] = mean[1], variance[1].sum()
+    assert (moments["none"][0] - moments["fitted"][0]).abs().max() < 1e-10
+    assert moments["fitted"][1] < 0.5 * moments["none"][1]
+
+
+def test_w_moves_by_its_squared_error_alone_and_moves_nothing_else():
+    T, model, s, x0, chosen = 3, TableModel(), scores(), X0[3], [(1, 2, 3), (2, 1, 1)]
+    w = critic(3, T).requires_grad_()
+    value, logs = two_steps(model, s, x0, chosen, 3, T, w)
+    theta, by_w = torch.autograd.grad(value, (model.table, w))
+    without, = torch.autograd.grad(two_steps(model, s, x0, chosen, 3, T, 0 * w)[0], model.table)
+    assert torch.equal(theta, without)  # p's gradient knows no critic
+    _, c, _ = posterior.path_before(s[None], w, torch.tensor([chosen]), torch.tensor([3]), T, TAU)
+    terms = torch.stack([step_term(model, s, x0, o, 3, T) for o in chosen]).detach()
+    gap = (terms[0] - c[0, 0]) - (terms[1] - c[0, 1])  # leave-one-out of two: plus and minus this
+    assert close(logs["error"], gap.detach() ** 2)
+    assert close(logs["spread"], (terms[0] - terms[1]) ** 2)
+    expected, = torch.autograd.grad(-gap**2, w)
+    assert (by_w - expected).abs().max() < 1e-10 and by_w.abs().max() > 1e-3
 
 
 # --- numerics ------------------------------------------------------------------------------------------------
@@ -423,9 +498,9 @@ def test_gradients_stay_finite(values):
     generator = torch.Generator().manual_seed(0)
     reveal_step = torch.cat([posterior.sample_orders(s[None], 4, 3, 0.1, generator), torch.ones(1, 1, 3, dtype=torch.long)], 1)
     for t in (2, 3):
-        value, _ = posterior.objective_at(model, s[None], torch.zeros(1, 0, dtype=torch.long), torch.tensor([X0[3]]), reveal_step,
-                                          torch.tensor([t]), T=3, tau=0.1)
-        theta, phi = torch.autograd.grad(value, (model.table, s))
+        value, _ = posterior.objective(model, s[None], torch.ones(1, 3, 3, 3), NO_PROMPT,
+                                       torch.tensor([X0[3]]), reveal_step, torch.tensor([t]), 3, 0.1)
+        theta, phi = torch.autograd.grad(value.sum(), (model.table, s))
         assert value.isfinite() and theta.isfinite().all() and phi.isfinite().all()
 
 
@@ -435,7 +510,7 @@ def test_gradients_stay_finite_under_bfloat16_autocast(spread):
     autocast in float32: in bfloat16, scores that differ by less than 1 % would tie."""
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=11, prompt_len=6, answer_len=8, n_layer=2, n_head=2, n_embd=16)
-    model, order_posterior = MDM(config), posterior.OrderPosterior(config)
+    model, order_posterior = MDM(config), posterior.OrderPosterior(config, T=4)
     parameters = [*model.parameters(), *order_posterior.parameters()]
     for p in parameters:
         torch.nn.init.normal_(p, std=0.3)
@@ -444,8 +519,43 @@ def test_gradients_stay_finite_under_bfloat16_autocast(spread):
         model.gate_head.weight *= spread
     prompt, x0 = torch.randint(9, (6, 4)), torch.randint(9, (6, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        s = order_posterior(prompt, x0)
-        objective, _ = posterior.order_objective(model, order_posterior, prompt, x0, T=4, K=4, tau=0.1, generator=torch.Generator().manual_seed(0))
-    gradients = torch.autograd.grad(objective, parameters)
-    assert s.dtype == objective.dtype == torch.float32 and len(s.unique()) > 0.9 * s.numel()
-    assert objective.isfinite() and all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+        s, w = order_posterior(prompt, x0)
+        drawn = posterior.draw_orders_and_steps(s, 4, 4, 0.1, torch.Generator().manual_seed(0))
+        value, _ = posterior.objective(model, s, w, prompt, x0, *drawn, 4, 0.1)
+    gradients = torch.autograd.grad(value.sum(), parameters)
+    assert s.dtype == w.dtype == value.dtype == torch.float32
+    assert len(s.unique()) > 0.9 * s.numel() and value.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("T", [2, 3])
+def test_the_real_networks_bound_what_they_can_write(T):
+    """MDM and OrderPosterior themselves, an answer with EOS and PAD in it, every order summed: the
+    bound is charged for all tokens, and stays below the likelihood of the sampler's law."""
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=5, prompt_len=3, answer_len=3, n_layer=1, n_head=1, n_embd=8)
+    model, q = MDM(config).double(), posterior.OrderPosterior(config, T).double()
+    for p in [*model.parameters(), *q.parameters()]:
+        torch.nn.init.normal_(p, std=0.4)
+    prompt, x0 = torch.tensor([[1, 0]]), (2, config.eos, config.pad)
+    s, w = q(prompt, torch.tensor([x0]))
+    s = s.detach().double()[0]
+    law, exact, log_p = possible_orders(s, T), 0.0, []
+    for o in orders(3, T):
+        joint = 0.0
+        for t in range(1, max(o) + 1):
+            z = torch.tensor([[x if step < t else config.mask for x, step in zip(x0, o)]])
+            h = model(model.read(prompt), z)[0]
+            left = [i for i, step in enumerate(o) if step >= t]
+            alpha = model.gate_logits(h).sigmoid()
+            joint += sum(model.log_p(h)[i, x0[i]] for i in left if o[i] == t)
+            if t < T:
+                joint += sum((alpha[i] if o[i] == t else 1 - alpha[i]).log() for i in left)
+                joint -= (1 - torch.stack([1 - alpha[i] for i in left]).prod()).log()
+        log_p.append(joint)
+        if o in law:
+            exact += law[o] * (joint - q_of(s, o, T).log())
+    bound = sum(law[o] * posterior.objective(model, s[None], w.double(), prompt, torch.tensor([x0]),
+                                             torch.tensor([[o, o]]), torch.tensor([t]), T, TAU)[1]["elbo"]
+                for o in law for t in later_steps(T)) / len(later_steps(T))
+    assert close(bound, exact.detach(), 1e-5) and bound < torch.logsumexp(torch.stack(log_p), 0)
