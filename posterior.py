@@ -13,7 +13,8 @@ NOTATION
   M        the masked positions of z_t
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
   alpha^i  p's probability of opening gate i (never a noise schedule, as in some papers)
-  q_t^i    q's probability of opening gate i, given x0 and c; s^i its score of i, tau a temperature
+  q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature; s^i its score of
+           i, standardised: over the positions of an answer mean 0 and standard deviation 1
   w_ut^i   the critic: what opening gate i at step u is worth to the later step t, in nats
 
   Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i)
@@ -30,33 +31,37 @@ NOTATION
                      In Eq. 7, 8 all but q inside log q(r) and the last q_u^i is held constant
 END NOTATION
 
-Why Eq. 3 works. The best remaining position has q = 1, so while anything is masked every step
-reveals at least one token. Score gaps that are large against tau make an order, small gaps make
-parallelism. The scores come from one look at x0: whole orders are drawn without another pass.
+Eq. 3. The best remaining position has q = 1: while anything is masked every step reveals at least
+one token. Score gaps that are large against tau make an order, small gaps parallelism. Scores come
+from one look at x0: whole orders are drawn without another pass.
 
-Why Eq. 5 is what it is. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled
-r_t. Apart from p's normaliser it is linear in each r_t^i, and q's gates are independent, so its
-expectation has a closed form: q_t^i for r_t^i. This is Rao-Blackwellisation: the noise of step t's
-own gates is gone from L_t, only that of *which states are visited* is left. The second term of
-Eq. 6 is negative: p rules out "no gate opens", so all else is likelier than the bare Bernoullis.
+Eq. 5. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t. Apart from p's
+normaliser it is linear in each r_t^i, and q's gates are independent, so its expectation has a
+closed form: q_t^i for r_t^i (Rao-Blackwellisation). Only *which states are visited* is sampled. The
+second term of Eq. 6 is negative: p rules out "no gate opens", so all else is likelier.
 
-Why Eq. 7 is needed. q_t^i inside L_t gives one part of q's gradient by plain autograd. But moving q
-also moves the states that later steps see. L_t depends on the gates before t only, hence sum_{u<t}.
-The mean over the *other* orders of the example is a baseline (leave-one-out, RLOO): independent of
-order k, so it costs no bias, and it removes what the orders have in common, tens of nats.
+Eq. 7. q_t^i inside L_t gives one part of q's gradient by autograd. But moving q also moves the
+states that later steps see; L_t depends on the gates before t only, hence sum_{u<t}. The mean over
+the *other* orders of the example is a baseline: independent of order k, so it costs no bias, and it
+removes what the orders have in common, tens of nats (leave-one-out, RLOO).
 
-Why Eq. 8 helps. What is left is still mostly noise: one number, L_t, judges some hundred gates. So
-[NEW] a critic says for each gate what it is worth, and the part of L_t that is linear in the gates,
-c_t, leaves the score term and comes back in closed form. No bias, whatever w is: given z_u,
-E[r_u^i - q_u^i] = 0, so c_t has mean 0, and E[(r_u^i - q_u^i) grad log q(r_u | z_u)] = grad q_u^i
-is what the last term of Eq. 7 restores. (A control variate; compare MuProp, Gu et al. 1511.05176,
-and action-dependent baselines, Wu et al. 1803.07246.)
+Eq. 8. What is left is still mostly noise: one number, L_t, judges some hundred gates. So [NEW] the
+part of it that is linear in the gates, c_t, leaves the score term and comes back in closed form.
+No bias, whatever w is: given z_u, E[r_u^i - q_u^i] = 0, so c_t has mean 0, and
+E[(r_u^i - q_u^i) grad log q(r_u | z_u)] = grad q_u^i is what the last sum of Eq. 7 restores. (A
+control variate; compare MuProp, 1511.05176, and action-dependent baselines, 1803.07246.)
 
-Cost. Before step 1 everything is masked, whatever the order, so one pass gives L_1 exactly. Of the
-steps 2..T one is drawn per example, shared by its K orders so that the baseline compares like with
-like, and (T - 1) L_t estimates their sum: 1 + K network states per example instead of T K.
+Cost. z_1 is the same for all orders, so one pass gives L_1 exactly. Of the steps 2..T one is drawn
+per example, shared by its K orders so that the baseline compares like with like, and (T - 1) L_t
+estimates their sum: 1 + K network states per example instead of T K.
 
-@@TIES@@
+Ties. Two tokens that may stand in either order (the operands of 3 + 4) must not come out together,
+but which comes first is all the same: a small difference of their scores gains next to nothing, and
+p, which treats them alike, makes q pay for it. Two things part them. [NEW] Scores are standardised:
+tau alone says how hard gates are. Left free, their scale grows until all K orders of an example are
+the same one, q learns nothing more, and p is so sure of a pair that has come out together that it
+stays. And p's gates start at random (train.py), far more different from place to place than tau is
+small: a rule that p knows, to which the KL pulls q. Soft gates then unlearn what is useless in it.
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -77,7 +82,7 @@ class OrderPosterior(nn.Module):
         self.trunk = Trunk(config)
         self.score_head = nn.Linear(D, 1, bias=False)
         self.critic = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, T * T))
-        nn.init.normal_(self.score_head.weight, std=0.01)
+        nn.init.normal_(self.score_head.weight, std=0.01)  # small, so that it soon turns
         nn.init.zeros_(self.critic[-1].weight)  # w = 0 to begin with
         nn.init.zeros_(self.critic[-1].bias)
 
@@ -85,7 +90,7 @@ class OrderPosterior(nn.Module):
         """prompt (B, P), x0 (B, L) -> scores s (B, L), higher is revealed earlier, and the critic's
         w (B, L, T, T) by position, step u, step t; float32 (bfloat16 would tie scores)."""
         h = self.trunk(self.trunk.read(prompt), x0).float()                          # (B, L, D)
-        s = (h * self.score_head.weight).sum(-1)
+        s = F.layer_norm((h * self.score_head.weight).sum(-1), x0.shape[-1:])
         embedded, *_ = self.trunk.enter(x0, self.trunk.config.prompt_len)
         seen = torch.cat([h, embedded], -1).detach()    # the trunk does not learn for the critic
         return s, self.critic(seen).float().unflatten(-1, (self.T, self.T))

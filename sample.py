@@ -1,7 +1,7 @@
 """Generate answers in few steps, in the learned order or by a rule.
 
     python sample.py --steps 4
-    python sample.py --steps 4 --compare learned:0.5:1+finish,confidence,left_to_right
+    python sample.py --steps 4 --compare learned:0.5,confidence,left_to_right
     python sample.py --steps 4 --prompt "Max has 8 eggs, buys 1. Ann has 4, sells 2. Together?"
 
 Generation starts from a canvas of MASKs. Each step is one forward pass for all positions:
@@ -13,7 +13,7 @@ Generation starts from a canvas of MASKs. Each step is one forward pass for all 
 and the last allowed step reveals whatever is left. The order is the only thing that differs between
 the learned sampler and the rules it is compared with. An order is named
 
-    NAME[:KNOB[:KNOB]][+eos_last][+finish]          learned:0.5:1+finish, threshold:0.9+eos_last
+    NAME[:KNOB][+eos_last][+finish]          learned:0.5, threshold:0.9+eos_last
 
 KNOB       what an order is tuned by (ORDERS below: defaults, and what eval_gsm8k.py tries)
 +eos_last  positions whose likeliest token is EOS or PAD wait until nothing else is left: confidence
@@ -95,15 +95,10 @@ def learned(state: State):
     """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
     has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); those before it are closed, those
     after it free. With a knob nothing is drawn: each gate with alpha > knob, or else the likeliest.
-    [NEW] With a second one an open gate waits while its token's H^i is above that many nats: alpha
-    says what may go together, H what p can say by now. If all would wait, the surest does not."""
+    """
     logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
     if state.knob:
-        opened = or_best(logits.sigmoid() > state.knob[0], logits, state)
-        if len(state.knob) == 2:
-            H = entropy_of(state)
-            opened = or_best(H <= state.knob[1], -H, replace(state, masked=opened))
-        return opened
+        return or_best(logits.sigmoid() > state.knob[0], logits, state)
     log_not = F.logsigmoid(-logits)                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u[:, -1])[:, None]                     # (B, 1)
@@ -169,10 +164,8 @@ def entropy_bound(state: State):
     return top_k(-H, state.masked, k)
 
 
-GATES = [(a,) for a in (0.02, 0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6)]
-DOUBT = [(a, nats) for a in (0.02, 0.1, 0.3, 0.35, 0.4, 0.5) for nats in (0.3, 0.75, 1.0)]
 ORDERS = {  # name: (rule, default knob, knobs that eval_gsm8k.py tries where none is given)
-    "learned": (learned, (), [(), *GATES, *DOUBT]),
+    "learned": (learned, (), [(), *((alpha,) for alpha in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]),
     "left_to_right": (left_to_right, (), []),
     "confidence": (confidence, (), []),
     "margin": (margin, (), []),
@@ -209,17 +202,17 @@ class Order:
 
 
 def parse_order(text: str) -> Order:
-    match = re.fullmatch(r"\s*(\w+)((?::[\d.e-]+){0,2})(\+eos_last)?(\+finish)?\s*", text)
+    match = re.fullmatch(r"\s*(\w+)((?::[\d.e-]+)?)(\+eos_last)?(\+finish)?\s*", text)
     if not match or match[1] not in ORDERS:
         raise UserError(f"cannot read order {text!r}: want one of {', '.join(ORDERS)}, "
-                        "like threshold:0.9+eos_last or learned:0.5:1+finish")
+                        "like threshold:0.9+eos_last or learned:0.5+finish")
     _, default, sweep = ORDERS[match[1]]
     try:
         knob = tuple(float(k) for k in match[2].split(":")[1:])
     except ValueError:
-        raise UserError(f"a knob of order {text!r} is not a number") from None
-    if len(knob) not in {len(k) for k in [(), default, *sweep]}:
-        raise UserError(f"order {text!r} has {len(knob)} knobs, too many")
+        raise UserError(f"the knob of order {text!r} is not a number") from None
+    if knob and not (default or sweep):
+        raise UserError(f"order {text!r} has no knob")
     return Order(match[1], knob, bool(match[3]), bool(match[4]))
 
 
@@ -311,7 +304,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
     parser.add_argument("--steps", type=parse_steps, default=4, help="most of an answer, or L")
-    parser.add_argument("--compare", "--order", default="learned:0.5:1+finish",
+    parser.add_argument("--compare", "--order", default="learned:0.5",
                         help="one order, or several, comma-separated, to see side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
     parser.add_argument("--num_samples", type=parse_steps, default=3)

@@ -4,6 +4,7 @@ The equations are those of posterior.py. test_mutations.py breaks posterior.py i
 the tests of this file on what is left, to show that they can fail."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -559,3 +560,44 @@ def test_the_real_networks_bound_what_they_can_write(T):
                                              torch.tensor([[o, o]]), torch.tensor([t]), T, TAU)[1]["elbo"]
                 for o in law for t in later_steps(T)) / len(later_steps(T))
     assert close(bound, exact.detach(), 1e-5) and bound < torch.logsumexp(torch.stack(log_p), 0)
+
+
+class Foreign(torch.nn.Module):
+    """A denoiser that is not MDM: no attention, no cache but the prompt itself."""
+
+    def __init__(self, mask, L, V, D=32):
+        super().__init__()
+        self.config = SimpleNamespace(mask=mask)
+        self.inside = torch.nn.Sequential(torch.nn.Embedding(mask + 1, D), torch.nn.Flatten(),
+                                          torch.nn.Linear(L * D, L * D), torch.nn.Tanh())
+        self.tokens, self.gates = torch.nn.Linear(D, V), torch.nn.Linear(D, 1)
+
+    def read(self, prompt):
+        return prompt
+
+    def forward(self, cache, z):
+        assert len(z) % len(cache) == 0  # K states in a row for each prompt
+        return self.inside(z).view(*z.shape, -1)
+
+    def log_p(self, h):
+        return self.tokens(h).log_softmax(-1)
+
+    def gate_logits(self, h):
+        return self.gates(h).squeeze(-1)
+
+
+def test_an_order_is_learned_with_a_denoiser_of_ones_own():
+    """Two tokens that stand in either order: together they cost 2 log 2, one by one log 2."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=4, prompt_len=1, answer_len=2, n_layer=1, n_head=1, n_embd=8)
+    model, q = Foreign(config.mask, L=2, V=4), posterior.OrderPosterior(config, T=2)
+    optimizer = torch.optim.Adam([*model.parameters(), *q.parameters()], 0.01)
+    x0, prompt = torch.tensor([[0, 1], [1, 0]]).repeat(8, 1), torch.zeros(16, 1, dtype=torch.long)
+    for _ in range(200):
+        s, w = q(prompt, x0)
+        value, logs = posterior.objective(model, s, w, prompt, x0,
+                                          *posterior.draw_orders_and_steps(s, 2, 2, 0.3), 2, 0.3)
+        optimizer.zero_grad()
+        (-value.mean()).backward()
+        optimizer.step()
+    assert -0.9 < logs["elbo"].mean() < -0.69

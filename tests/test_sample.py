@@ -21,12 +21,12 @@ from sample import ORDERS, Order, State, draw, generate, parse_order
 from tables import TableModel, answers, log_p_gates, log_p_tokens, orders
 
 V, EOS = 5, 3  # PAD is 4
-KNOBS = {"learned": [(), (0.3,), (0.6,), (0.3, 1.2), (0.1, 0.5), (0.6, 0.001)],
+KNOBS = {"learned": [(), (0.3,), (0.6,)],
          "threshold": [(0.35,), (0.5,), (0.95,)], "entropy_bound": [(0.0,), (0.7,), (3.0,)],
          "dilated": [(1.0,), (2.0,), (3.0,)]}
 # Orders as a user names them, adaptive ones at knobs that reveal sometimes one, sometimes several.
 RULES = [*(name + {"entropy_bound": ":0.5", "threshold": ":0.5"}.get(name, "") for name in ORDERS),
-         "learned:0.5", "learned:0.3:0.5"]
+         "learned:0.5"]
 FLAGS = ["", "+eos_last", "+finish", "+eos_last+finish"]
 EVERY_ORDER = [rule + flags for rule in RULES for flags in FLAGS]
 DRAWN = ("learned", "iid")  # without a knob
@@ -114,19 +114,14 @@ def entropy_bound(row, may, knob):
 
 def learned(row, may, knob):
     """Eq. 1: p(first open gate = i) = alpha^i prod_{j<i} (1 - alpha^j), normalised, by inverse CDF;
-    gates after it are free. A knob: gates above it, or the likeliest. Two: those of them whose
-    entropy is not above the second, or the surest of them."""
+    gates after it are free. A knob: gates above it, or the likeliest."""
     if not knob:
         law = [row.alpha[i] * math.prod(1 - row.alpha[j] for j in may if j < i) for i in may]
         assert math.isclose(sum(law), 1 - math.prod(1 - row.alpha[i] for i in may))
         cdf = [sum(law[: n + 1]) / sum(law) for n in range(len(may))]
         first = next(i for i, c in zip(may, cdf) if c > row.u[-1])
         return [i for i in may if i == first or (i > first and row.u[i] < row.alpha[i])]
-    opened = [i for i in may if row.alpha[i] > knob[0]] or [max(may, key=lambda i: row.alpha[i])]
-    if len(knob) == 2:
-        opened = [i for i in opened if H(row, i) <= knob[1]] or [
-            min(opened, key=lambda i: H(row, i))]
-    return opened
+    return [i for i in may if row.alpha[i] > knob[0]] or [max(may, key=lambda i: row.alpha[i])]
 
 
 DEFINITIONS = {
@@ -167,7 +162,7 @@ def test_every_order_reveals_what_its_definition_says(name, flags):
 
 @pytest.mark.parametrize("order, n", [
     ("confidence", 4), ("margin", 4), ("entropy", 4), ("left_to_right", 4), ("entropy_bound:1", 2),
-    ("threshold:0.99", 1), ("learned:0.9", 1), ("learned:0.4:0.1", 1)])
+    ("threshold:0.99", 1), ("learned:0.9", 1)])
 def test_equals_are_taken_from_the_left(order, n):
     """40 positions alike, the even ones masked: more than what sorting keeps in place by chance."""
     alike = SimpleNamespace(p=[(0.7, 0.2, 0.05, 0.03, 0.02)] * 40, masked=[True, False] * 20, t=1,

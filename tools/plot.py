@@ -154,7 +154,7 @@ def main(argv=None):
     shared.add_argument("--ckpt", default="out/ckpt.pt", help="of order and gif")
     shared.add_argument("--steps", type=parse_steps, default=4, help="of order and gif")
     shared.add_argument("--item", type=int, default=0, help="which answer, of order and gif")
-    shared.add_argument("--order", default="learned:0.5:1+finish", help="of gif")
+    shared.add_argument("--order", default="learned:0.5", help="of gif")
     shared.add_argument("--orders", default="learned,entropy_bound,left_to_right", help="of order")
     commands = parser.add_subparsers(dest="name", required=True)
     for draw in (curve, order, gif, log):
