@@ -167,6 +167,10 @@ MUTATIONS = {
                                    "(0 * torch.arange(len(s), device=s.device) + first)", STEPS),
     "gates drawn from q squared": ("posterior.py", "dtype=s.dtype, generator=generator) < q",
                                    "dtype=s.dtype, generator=generator) < q * q", ORDER_LAW),
+    "EOS and PAD are free": (
+        "posterior.py", "step_terms(log_p_of(model, h, x0, masked)",
+        "step_terms(log_p_of(model, h, x0, masked & (x0 < model.config.vocab_size - 2))",
+        ("test_the_real_networks_bound_what_they_can_write", 2)),
     "the answer is shown to the denoiser": ("posterior.py",
                                             "z = x0.masked_fill(masked, model.config.mask)",
                                             "z = x0", RAO_BLACKWELL),

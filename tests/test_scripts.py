@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, assert_same_run, assert_same_weights, log, outcome, run
 
 import sample
+import posterior
 import train
 from data import UserError, run_script
 
@@ -233,6 +234,22 @@ def test_stages_trained_one_by_one_are_those_of_a_whole_run(fast, straight, tmp_
     for stage in train.STAGES:
         train.main([*fast, "--out_dir", str(tmp_path), "--stages", stage])
     assert_same_weights(tmp_path, straight)
+
+
+def test_tau_falls_and_the_kl_weight_grows_over_the_order_stage(fast, straight, monkeypatch):
+    """What bound hands on at the beginning, in the middle and at the end."""
+    run, seen = train.prepare(train.parse_config([*fast, "--out_dir", str(straight)])), []
+    monkeypatch.setattr(train, "draw_orders_and_steps", lambda s, K, T, tau, g: seen.append(tau) or
+                        posterior.draw_orders_and_steps(s, K, T, tau, g))
+    monkeypatch.setattr(train, "objective", lambda *args: seen.append(args[-2:]) or
+                        posterior.objective(*args))
+    model, q, _ = train.build_stage("order", run)
+    for progress in (0.0, 0.05, 0.5, 1.0):
+        train.bound(run, model, q, *train.batch_at(run, "order", 0, 4), progress, None)
+    taus, handed = seen[::2], seen[1::2]
+    assert taus == pytest.approx([0.67, 0.67 * (0.2 / 0.67) ** 0.05, (0.67 * 0.2) ** 0.5, 0.2])
+    assert [tau for tau, _ in handed] == taus
+    assert [weight for _, weight in handed] == pytest.approx([0.1, 0.55, 1.0, 1.0])
 
 
 def assert_close(a, b):

@@ -97,7 +97,7 @@ def bench(run: train.Run, args) -> dict:
     c, device, jobs, result = run.config, run.device, {}, {}
     model, batches = MDM(run.sizes).to(device), [int(B) for B in args.sample.split(",") if B]
     save_checkpoint(Path(c.out_dir) / "denoiser.pt", model, pieces=run.pieces,
-                    train_config=asdict(c))  # where the order stage begins
+                    train_config=asdict(c), stage="", step=0, log=[], states=[])
     for stage in ("denoiser", "order"):
         jobs[stage], result[stage] = training(stage, run, args.batch, args.compile)
         jobs[stage]()
