@@ -411,7 +411,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             sums, tokens, since, last = 0, 0, time.perf_counter(), done
         if validating:
             save("resume.pt", done, trained)
-    save(STAGES[stage], steps)
+    save(STAGES[stage], steps, [posterior] if posterior else [])
     if run.world > 1:
         dist.barrier()  # the next stage starts from that file
 
@@ -449,7 +449,7 @@ def main(argv=None):
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     if config.resume:
         resume = load_checkpoint(out / "resume.pt")[1]
-        if not resume["states"]:
+        if len(resume["states"]) < 3:
             raise UserError(f"{out / 'resume.pt'} is no resume point")
         if resume["pieces"] != run.pieces:
             raise UserError("resume.pt was trained on other data: bring back what --data_dir held")

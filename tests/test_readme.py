@@ -1,11 +1,12 @@
-"""What README.md, assets/results.md and assets/experiments.md say: commands run, notation is the
-code's, lists and lengths are complete, numbers are those of the JSON files."""
+"""What README.md, assets/results.md and assets/experiments.md say: commands run, lists and lengths
+are complete, numbers are those of the JSON files."""
 
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -13,13 +14,14 @@ import eval_gsm8k
 import sample
 import tools.bench
 import tools.plot
+import tools.seeds
 import train
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS, EXPERIMENTS = ((ROOT / name).read_text() for name in (
     "README.md", "assets/results.md", "assets/experiments.md"))
 SCRIPTS = {"train.py": train, "sample.py": sample, "eval_gsm8k.py": eval_gsm8k,
-           "tools.bench": tools.bench, "tools.plot": tools.plot}
+           "tools.bench": tools.bench, "tools.plot": tools.plot, "tools.seeds": tools.seeds}
 
 
 def commands():
@@ -43,7 +45,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     """In a shortened form: flags of a tiny run follow those of the README and win."""
     for name in ("out", "ex", "out_gsm8k"):
         shutil.copytree(straight, tmp_path / name)
-    for seed in range(10):
+    for seed in range(8):
         shutil.copytree(straight, tmp_path / f"out_{seed}")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
@@ -51,10 +53,12 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     script, *flags = [data if word == "DIR" else word.replace("$s", "0")
                       for word in shlex.split(command)]
     tiny = {"sample.py": ["--ckpt", "out/ckpt.pt", "--num_samples", "1"],
-            "eval_gsm8k.py": ["--ckpt", "out/ckpt.pt", "--control", "out/denoiser.pt", "--limit", "2",
-                              "--tune_items", "2", "--steps", "1,2", "--json", "a.json"],
-            "train.py": [*fast, "--out_dir", "out"], "tools.plot": [],
-            "tools.bench": [*fast, "--rounds", "1", "--json", "b.json"]}[script]
+            "eval_gsm8k.py": ["--ckpt", "out/ckpt.pt", "--control", "out/denoiser.pt",
+                              "--limit", "2", "--tune_items", "2", "--steps", "1,2",
+                              "--json", "a.json"],
+            "train.py": [*fast, "--out_dir", "out"], "tools.plot": ["--out", "a.png"],
+            "tools.seeds": ["--limit", "2", "--tune_items", "2", "--json", "c.json"],
+            "tools.bench": [*fast, "--steps", "1", "--sample", "1", "--json", "b.json"]}[script]
     if "--resume" in flags or "--help" in flags:
         tiny = []
     if "--help" in flags:
@@ -66,9 +70,43 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out
 
 
-def test_the_notation_is_that_of_the_code():
-    notation = (ROOT / "posterior.py").read_text()
-    assert notation.split("\nNOTATION\n")[1].split("\nEND NOTATION")[0] in README
+def cell(values):
+    return f"{median(values):.1f} ({min(values):.1f} - {max(values):.1f})"
+
+
+@pytest.mark.parametrize("text", [README, RESULTS])
+def test_the_toys_tables_are_those_of_the_json(text):
+    """Coherent, accurate and mean steps of each order within each number of steps, over seeds."""
+    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
+    lines = re.findall(r"^\| \**([\w:.+]+)\**[^|]*\| (\d+) \| (.*) \| (.*) \| (.*) \|$", text, re.M)
+    assert len(lines) >= 8
+    for order, steps, *cells in lines:
+        numbers = [run["orders"][order][steps] for run in runs]
+        coherent, accurate, used = zip(*numbers)
+        assert cells == [cell(coherent), cell(accurate), f"{median(used):.2f}"], (order, steps)
+
+
+def test_the_seeds_are_those_of_the_json():
+    """One line a training run: bound, tied pairs, coherent by default and tuned, best rule."""
+    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
+    for run in runs:
+        assert (f"| {run['seed']} | {run['val']:.2f} ± {run['val_se']:.2f} | "
+                f"{100 * run['tied']:.1f} | {run['coherent']:.1f} | {run['accuracy']:.1f} | "
+                f"{run['coherent_tuned']:.1f} in {run['steps_tuned']:.2f} | "
+                f"{run['best_rule_coherent']:.1f} ({run['best_rule']}) | {run['sequential']:.1f} | "
+                f"{run['minutes']:.1f} |") in RESULTS
+
+
+def test_the_rows_of_gsm8k_are_those_of_the_json():
+    """Accuracy with its interval and log p at 4 steps, of the rows that README.md quotes."""
+    found = []
+    for path in (ROOT / "assets/gsm8k").glob("*.json"):
+        found += [row for row in json.loads(path.read_text())["rows"] if row["budget"] == 4]
+    cells = {f"{100 * row['accuracy']:.1f} ({100 * row['ci95'][0]:.1f} - "
+             f"{100 * row['ci95'][1]:.1f}) | {row['nats']:.1f}" for row in found if "nats" in row}
+    section = README.split("\n## GSM8K")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| .* \| (\d.* \| -.*) \|$", section, re.M)
+    assert len(lines) >= 6 and set(lines) <= cells
 
 
 def test_every_departure_is_listed():
