@@ -99,7 +99,7 @@ class Config:
     K: int = arg(3, "orders per example, which then takes 1 + K network states")
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.67, "temperature of Eq. 3 at the start of the order stage")
-    tau_end: float = arg(0.2, "and at its end")
+    tau_end: float = arg(0.05, "and at its end; it falls late, with the square of progress")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight goes from 0.1 to 1")
     lr_scale_posterior: float = arg(0.5, "posterior's learning rates, over the denoiser's")
     # all stages
@@ -268,7 +268,7 @@ def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, pr
         # first many orders are tried, in the end nearly one. While gates are soft, chance leaves
         # some of step t's positions to step t+1, among those that were meant to wait for them.
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
-        tau = c.tau * (c.tau_end / c.tau) ** progress
+        tau = c.tau * (c.tau_end / c.tau) ** progress**2
         s, w = posterior(prompt, x0)
         reveal_step, t = draw_orders_and_steps(s, c.K, c.T, tau, generator)
         return objective(model, s, w, prompt, x0, reveal_step, t, c.T, tau, kl_weight)
@@ -327,9 +327,9 @@ def build_stage(stage: str, run: Run):
         return model, None, make_optimizers(model, config)
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
-    # [NEW] Gates that differ at random from place to place, their logits spread by about 5: a rule
+    # [NEW] Gates that differ at random from place to place, their logits spread by about 3: a rule
     # for q to lean to (posterior.py, "Ties").
-    torch.nn.init.normal_(model.gate_head.weight, std=0.5 * (128 / config.n_embd) ** 0.5)
+    torch.nn.init.normal_(model.gate_head.weight, std=0.3 * (128 / config.n_embd) ** 0.5)
     return model, posterior, [*make_optimizers(model, config),
                               *make_optimizers(posterior, config, config.lr_scale_posterior)]
 
