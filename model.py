@@ -183,7 +183,8 @@ def log_p_of(model: MDM, h, x0, masked):
 
 def denoiser_elbo(model: MDM, prompt, x0, generator=None, eps: float = 1e-3):
     """Stage 1's bound on log p(x0 | c), one masking level a row: (B,), in nats. The levels are
-    stratified: each of B equal slices of (eps, 1) gives one. eps keeps 1/m bounded."""
+    stratified: each of B equal slices of (eps, 1) gives one. eps keeps 1/m bounded, for a bias of
+    about eps of the bound."""
     B, L = x0.shape
     first = torch.randint(B, (1,), device=x0.device, generator=generator)
     u = torch.rand(B, device=x0.device, generator=generator)

@@ -12,7 +12,7 @@ NOTATION
   z_t      the state before step t: x0 with what is not yet revealed set to MASK; z_1 is all MASK
   M        the masked positions of z_t
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
-  alpha^i  p's probability of opening gate i (never a noise schedule, as in some papers)
+  alpha^i  p's probability of opening gate i, before one is required to open (no noise schedule)
   q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature; s^i its score of
            i, standardised: over the positions of an answer mean 0 and standard deviation 1
   w_ut^i   the critic: what opening gate i at step u is worth to the later step t, in nats
@@ -28,7 +28,8 @@ NOTATION
   Eq. 7  score term  A_t^k sum_{u<t} log q(r_u^k | z_u^k) + sum_{u<t} sum_{i in M} w_ut^i q_u^i,
                      A_t^k = (L_t - c_t)^k - mean_{k' != k} (L_t - c_t)^k'
   Eq. 8  critic      c_t = sum_{u<t} sum_{i in M} w_ut^i (r_u^i - q_u^i);  w fits c_t to L_t
-                     In Eq. 7, 8 all but q inside log q(r) and the last q_u^i is held constant
+                     In Eq. 7 all but q in log q(r) and the last q_u^i is held constant; Eq. 8's fit
+                     moves w alone. Once nothing is masked, L_t = 0
 END NOTATION
 
 Eq. 3. The best remaining position has q = 1: while anything is masked every step reveals at least
@@ -43,25 +44,25 @@ second term of Eq. 6 is negative: p rules out "no gate opens", so all else is li
 Eq. 7. q_t^i inside L_t gives one part of q's gradient by autograd. But moving q also moves the
 states that later steps see; L_t depends on the gates before t only, hence sum_{u<t}. The mean over
 the *other* orders of the example is a baseline: independent of order k, so it costs no bias, and it
-removes what the orders have in common, tens of nats (leave-one-out, RLOO).
+removes what the orders have in common, all but fractions of a nat (leave-one-out, RLOO).
 
 Eq. 8. What is left is still mostly noise: one number, L_t, judges some hundred gates. So [NEW] the
-part of it that is linear in the gates, c_t, leaves the score term and comes back in closed form.
-No bias, whatever w is: given z_u, E[r_u^i - q_u^i] = 0, so c_t has mean 0, and
+part of it that is linear in the gates, c_t, leaves the score term and comes back in closed form. No
+bias for any w that has not seen the draw: given z_u, E[r_u^i - q_u^i] = 0, so c_t has mean 0, and
 E[(r_u^i - q_u^i) grad log q(r_u | z_u)] = grad q_u^i is what the last sum of Eq. 7 restores. (A
 control variate; compare MuProp, 1511.05176, and action-dependent baselines, 1803.07246.)
 
 Cost. z_1 is the same for all orders, so one pass gives L_1 exactly. Of the steps 2..T one is drawn
 per example, shared by its K orders so that the baseline compares like with like, and (T - 1) L_t
-estimates their sum: 1 + K network states per example instead of T K.
+estimates their sum: 1 + K network states per example instead of 1 + (T - 1) K.
 
 Ties. Two tokens that may stand in either order (the operands of 3 + 4) must not come out together,
-but which comes first is all the same: a small difference of their scores gains next to nothing, and
-p, which treats them alike, makes q pay for it. Two things part them. [NEW] Scores are standardised:
-tau alone says how hard gates are. Left free, their scale grows until all K orders of an example are
-the same one, q learns nothing more, and p is so sure of a pair that has come out together that it
-stays. And p's gates start at random (train.py), far more different from place to place than tau is
-small: a rule that p knows, to which the KL pulls q. Soft gates then unlearn what is useless in it.
+but which comes first is all the same: a small difference of their scores gains at most what p,
+which cannot tell which comes first, takes back. Two things part them. p's gates start at random
+(train.py) and differ from place to place by several nats: a rule that p knows, to which the KL
+pulls q. And [NEW] scores are standardised, so that tau sets their scale and q only the shape. Left
+free, the scale grows until all K orders of an example are the same one, q learns next to nothing
+more, and p is so sure of a pair that has come out together that it stays.
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -131,16 +132,15 @@ def path_before(s, w, reveal_step, t, T: int, tau: float):
     """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); c_t of Eq. 8; and the last
     sum of Eq. 7, which gives c_t's expectation back. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
     log_q_path, c, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
-    w_t = w[torch.arange(len(t)), :, :, t - 1][:, None]                            # (B, 1, L, T)
     for u in range(1, T):
-        masked, opens = reveal_step >= u, reveal_step == u                            # (B, K, L)
-        before, w_ut = (u < t)[:, None], w_t[..., u - 1]                              # (B, 1 or L)
+        earlier = (u < t)[:, None, None]
+        masked, opens = (reveal_step >= u) & earlier, (reveal_step == u) & earlier    # (B, K, L)
+        w_ut = w[torch.arange(len(t)), :, u - 1, t - 1][:, None]                      # (B, 1, L)
         log_q = log_gate_probs(s[:, None], masked, False, tau)
         q = log_q.exp() * masked
-        log_q_r = torch.where(opens, log_q, log_complement(log_q)).sum(-1)     # log q(r_u | z_u)
-        log_q_path = log_q_path + log_q_r * before
-        c = c + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1) * before     # mean 0 given z_u
-        worth = worth + (w_ut.detach() * q).sum(-1) * before
+        log_q_path = log_q_path + torch.where(opens, log_q, log_complement(log_q)).sum(-1)
+        c = c + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1)            # mean 0 given z_u
+        worth = worth + (w_ut.detach() * q).sum(-1)
     return log_q_path, c, worth
 
 
@@ -152,8 +152,8 @@ def step_terms(log_p, gate_logits, log_q, masked, last):
     q, not_q = log_q.exp() * masked, -torch.expm1(log_q)              # 1 - q is 0 where q = 1
     log_alpha, log_not_alpha = F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)
     reconstruction = (q * log_p).sum(-1)                              # sum_i q^i log p(x0^i | z)
+    # Eq. 6: KL of the bare gates, then what it means that p knows that at least one opens.
     kl = q * (log_q - log_alpha) + not_q * (log_complement(log_q) - log_not_alpha)
-    # Eq. 6, second term: p knows that at least one gate opens.
     log_none = (log_not_alpha * masked).sum(-1)                       # log prod (1 - alpha)
     undecided = masked.any(-1) & ~last.squeeze(-1)                    # elsewhere there is no KL
     log_some = torch.log(-torch.expm1(log_none.masked_fill(~undecided, -1.0)))
@@ -201,14 +201,15 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     gates = model.gate_logits(h)
     gates = gates.detach() + (gates - gates.detach()) / kl_weight
     recon, kl = step_terms(log_p_of(model, h, x0, masked), gates, log_q, masked, last)
-    step_elbo = recon - kl_weight * kl                            # Eq. 5: L_1, L_t^1 .. L_t^K
+    step_elbo = recon - kl_weight * kl            # Eq. 5, the KL weighted: L_1, L_t^1 .. L_t^K
 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is
     # a constant in it: what L_t itself adds to the gradient already stands in step_elbo.
     value = step_elbo[:, 1:].detach()                                                    # (B, K)
     log_q_path, c, worth = path_before(s, w, reveal_step, t, T, tau)
-    surrogate = leave_one_out(value - c.detach()) * log_q_path + worth
-    error = leave_one_out(value - c).square()                     # Eq. 8: what w is fitted by
+    advantage = leave_one_out(value - c)                          # A_t^k of Eq. 7
+    surrogate = advantage.detach() * log_q_path + worth
+    error = advantage.square()                                    # Eq. 8: what w is fitted by
 
     def all_steps(term):  # L_1 + (T - 1) L_t, mean over the orders of an example
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)

@@ -9,7 +9,7 @@
 
 Stages, one loop:
     denoiser  stage 1: the masked-diffusion bound, positions revealed in a random order
-    order     stage 2: from those weights, the learned order, Eq. 4-7 of posterior.py
+    order     stage 2: from those weights, the learned order, Eq. 3-8 of posterior.py
     control   what a comparison needs, not trained unless asked for: from stage 1's weights,
               stage 1's loss on as many more network states as the order stage saw
 Written to --out_dir: denoiser.pt, ckpt.pt (order), control.pt, resume.pt, log.jsonl.
@@ -21,7 +21,8 @@ or validating more often changes nothing.
 
 The log, and what healthy looks like (bounds and kl in nats per answer):
     val          bound on log p(x0 | c), validation items: rises, flattens; the order stage begins
-                 far below where stage 1 ended, because q's gates are charged too, and climbs back.
+                 far below where stage 1 ended, since T steps stand for one token at a time and q's
+                 gates are charged too, and climbs back.
                  At the end of a stage over all validation items, with its standard error, val_se
     elbo, recon, kl   means since the last line, elbo = recon - kl. kl falls from about ten to well
                  below 1: p has learned to predict q's order. Near 0 at once, with q_steps near 1,
@@ -257,7 +258,7 @@ def batch_at(run: Run, stage: str, step: int, size: int):
 
 def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress, generator):
     """What a stage maximises and its logs, each (B,): a bound on log p(x0 | c); in the order stage
-    with the surrogate of Eq. 7 and the KL's weight (the logged elbo has neither)."""
+    with the surrogate of Eq. 7, the KL's weight and the critic's error, which elbo has not."""
     c = run.config
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or
                         (c.dtype == "auto" and run.device.type == "cuda")):
@@ -265,8 +266,8 @@ def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, pr
             elbo = denoiser_elbo(model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}
         # [NEW] the KL weight grows: q looks around before it has to be predictable. tau falls: at
-        # first many orders are tried, in the end nearly one. While gates are soft, chance leaves
-        # some of step t's positions to step t+1, among those that were meant to wait for them.
+        # first many orders are tried, in the end few. While gates are soft, chance leaves some of
+        # step t's positions to step t+1, among those that were meant to wait for them.
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
         tau = c.tau * (c.tau_end / c.tau) ** progress**2
         s, w = posterior(prompt, x0)

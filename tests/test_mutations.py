@@ -1,5 +1,5 @@
-"""The proofs can fail: each mutation breaks one line of a copy of a script, made here at run time, and
-names a test that must then go red. tests/README.md holds the table in words."""
+"""The proofs can fail: each mutation breaks one line of a copy of a script, made here at run time,
+and names a test that must then go red. tests/README.md holds the table in words."""
 
 import inspect
 import types
@@ -25,14 +25,15 @@ USERS = {"posterior.py": (posterior, test_objective), "model.py": (model, test_m
 def mutant(path, old="", new=""):
     """A copy of a file, as a module, with the one occurrence of `old` replaced by `new`."""
     source = (ROOT / path).read_text(encoding="utf-8")
-    assert not old or source.count(old) == 1, f"{path} has {source.count(old)} times {old!r}: update the mutation"
+    times = source.count(old)
+    assert not old or times == 1, f"{path} has {times} times {old!r}: update the mutation"
     module = types.ModuleType(f"mutant_of_{path}")
     exec(compile(source.replace(old, new), f"<mutant of {path}>", "exec"), module.__dict__)
     return module
 
 
 def suite_on(path, broken, patch):
-    """The proofs for a script, with the script and all that was imported from it taken from the broken copy."""
+    """The proofs for a script, with all that was imported from it taken from the broken copy."""
     if path.startswith("tests/"):
         return broken  # the full-trajectory estimator stands in the test file itself
     script, *users = USERS[path]
@@ -40,9 +41,9 @@ def suite_on(path, broken, patch):
         for name, value in list(vars(user).items()):
             if value is script:
                 patch.setattr(user, name, broken)
-            elif name in vars(script) and value is vars(script)[name] and not isinstance(value, types.ModuleType):
+            elif value is vars(script).get(name) and not isinstance(value, types.ModuleType):
                 patch.setattr(user, name, vars(broken)[name])
-    return types.SimpleNamespace(**{name: value for user in users for name, value in vars(user).items()})
+    return types.SimpleNamespace(**{k: v for user in users for k, v in vars(user).items()})
 
 
 GRADIENT = ("test_gradient_is_exact_in_expectation", 3, 3, 2)
@@ -79,12 +80,12 @@ BASELINE = "(value - value.mean(1, keepdim=True)) * K / (K - 1)"
 LOG_ALPHAS = "F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)"
 GATES_LINE = "    gates = gates.detach() + (gates - gates.detach()) / kl_weight\n"
 LEVELS = "u = ((torch.arange(B, device=x0.device) + first) % B + u) / B"
-SURROGATE = "surrogate = leave_one_out(value - c.detach()) * log_q_path + worth"
+SURROGATE = "surrogate = advantage.detach() * log_q_path + worth"
 
 MUTATIONS = {
     # what is broken: (file, line, broken line, the test that must go red)
-    "score term's sign": ("posterior.py", "leave_one_out(value - c.detach()) *",
-                          "-leave_one_out(value - c.detach()) *", GRADIENT),
+    "score term's sign": ("posterior.py", "surrogate = advantage.detach()",
+                          "surrogate = -advantage.detach()", GRADIENT),
     "KL's sign": ("posterior.py", "recon - kl_weight * kl ", "recon + kl_weight * kl ", GRADIENT),
     "gates learn at the KL's weight": ("posterior.py", GATES_LINE, "", KL_WEIGHT),
     "the KL at full weight": ("posterior.py", "recon - kl_weight * kl ", "recon - kl ", KL_WEIGHT),
@@ -111,10 +112,10 @@ MUTATIONS = {
                           GRADIENT),
     "step 1 counted with the others": ("posterior.py", "term[:, 0] + (T - 1) * term",
                                        "term[:, 0] + T * term", GRADIENT),
-    "own step in the score term": ("posterior.py", "before, w_ut = (u < t)[:, None]",
-                                   "before, w_ut = (u <= t)[:, None]", LOG_Q),
-    "the first row's step for all rows": ("posterior.py", "before, w_ut = (u < t)[:, None]",
-                                          "before, w_ut = (u < t[0])", ROWS),
+    "own step in the score term": ("posterior.py", "earlier = (u < t)[:, None, None]",
+                                   "earlier = (u <= t)[:, None, None]", LOG_Q),
+    "the first row's step for all rows": ("posterior.py", "earlier = (u < t)[:, None, None]",
+                                          "earlier = (u < t[:1])[:, None, None]", ROWS),
     "critic of q instead of r - q": ("posterior.py", "(opens.to(q.dtype) - q.detach())",
                                      "q.detach()", FITTED),
     "critic of r instead of r - q": ("posterior.py", "(opens.to(q.dtype) - q.detach())",
@@ -124,16 +125,17 @@ MUTATIONS = {
                           GRADIENT),
     "no closed form for the critic": ("posterior.py", SURROGATE,
                                       SURROGATE.replace(" + worth", ""), GRADIENT),
-    "the critic's closed form of another step": ("posterior.py", "worth + (w_ut.detach() * q)",
-                                                 "worth + (w_t[..., 0].detach() * q)", GRADIENT),
-    "the critic stays in the score term": ("posterior.py", "leave_one_out(value - c.detach())",
-                                           "leave_one_out(value)", GRADIENT),
-    "another t for the critic": ("posterior.py", "w[torch.arange(len(t)), :, :, t - 1]",
-                                 "w[torch.arange(len(t)), :, :, t[:1] - 1]", ROWS),
+    "the critic's closed form of another step": (
+        "posterior.py", "worth + (w_ut.detach() * q)",
+        "worth + (w[torch.arange(len(t)), :, 0, t - 1][:, None].detach() * q)", GRADIENT),
+    "the critic stays in the score term": ("posterior.py", "advantage = leave_one_out(value - c)",
+                                           "advantage = leave_one_out(value)", GRADIENT),
+    "another t for the critic": ("posterior.py", "w[torch.arange(len(t)), :, u - 1, t - 1]",
+                                 "w[torch.arange(len(t)), :, u - 1, t[:1] - 1]", ROWS),
     "w moves by the surrogate": ("posterior.py", "worth + (w_ut.detach() * q)",
                                  "worth + (w_ut * q)", W),
-    "w moves by the score term": ("posterior.py", "leave_one_out(value - c.detach())",
-                                  "leave_one_out(value - c)", W),
+    "w moves by the score term": ("posterior.py", "surrogate = advantage.detach()",
+                                  "surrogate = advantage", W),
     "w is not fitted": ("posterior.py", RETURN, RETURN.replace("- error", "- 0 * error"), W),
     "w is fitted to grow the error": ("posterior.py", RETURN,
                                       RETURN.replace("- error", "+ error"), W),
@@ -163,7 +165,8 @@ MUTATIONS = {
     "step T never drawn": ("posterior.py", "+ first) % later\n", "+ first) % max(later - 1, 1)\n",
                            STEPS),
     "steps without a random first": ("posterior.py", "+ first) % later\n", "+ 0) % later\n", STEPS),
-    "the same step for all rows": ("posterior.py", "(torch.arange(len(s), device=s.device) + first)",
+    "the same step for all rows": ("posterior.py",
+                                   "(torch.arange(len(s), device=s.device) + first)",
                                    "(0 * torch.arange(len(s), device=s.device) + first)", STEPS),
     "gates drawn from q squared": ("posterior.py", "dtype=s.dtype, generator=generator) < q",
                                    "dtype=s.dtype, generator=generator) < q * q", ORDER_LAW),
@@ -174,7 +177,8 @@ MUTATIONS = {
     "the answer is shown to the denoiser": ("posterior.py",
                                             "z = x0.masked_fill(masked, model.config.mask)",
                                             "z = x0", RAO_BLACKWELL),
-    "q_entropy without closed gates": ("posterior.py", "(q * log_q + not_q * log_complement(log_q))",
+    "q_entropy without closed gates": ("posterior.py",
+                                       "(q * log_q + not_q * log_complement(log_q))",
                                        "(q * log_q)", LOGS),
     "q_steps as a mean of places": ("posterior.py", "reveal_step.amax(-1).float()",
                                     "reveal_step.float().mean(-1)", LOGS),
@@ -242,8 +246,8 @@ MUTATIONS = {
                                          ".squeeze(-1) * masked).sum(-1)", FORCED),
     "rows that are done stay": ("sample.py", "(masked & ~reveal).any(-1)", "masked.any(-1)",
                                 (REPLAY[0], "threshold:0.5")),
-    "order told the next step": ("sample.py", "masked=masked, t=t, T=T", "masked=masked, t=t + 1, T=T",
-                                 REPLAY),
+    "order told the next step": ("sample.py", "masked=masked, t=t, T=T",
+                                 "masked=masked, t=t + 1, T=T", REPLAY),
     "tokens of every position written": ("sample.py", "torch.where(reveal, tokens, z[rows])",
                                          "torch.where(masked, tokens, z[rows])", REPLAY),
     "stage 1 without 1/m": ("model.py", "(log_p_of(model, h, x0, masked) / m).sum(-1)",
@@ -292,8 +296,8 @@ def test_an_unbroken_copy_stays_green(path, monkeypatch):
 
 
 def phi_gradient(seed, K, patch, *mutation, L=4, T=2, nats=10):
-    """Mean and total variance of the gradient for phi. The model is still bad, as early in training: every
-    token of x0 is about 10 nats less likely than the other, whatever the order."""
+    """Mean and total variance of the gradient for phi. The model is still bad, as early in
+    training: every token of x0 is some 10 nats less likely than the other, whatever the order."""
     table, s = TableModel(L, seed), scores(L, seed)
     with torch.no_grad():
         for i, token in enumerate(X0[L]):
@@ -313,8 +317,8 @@ def phi_gradient(seed, K, patch, *mutation, L=4, T=2, nats=10):
 def test_the_baseline_costs_no_bias_and_lowers_the_variance(seed, K, monkeypatch):
     """Not a theorem: see tests/README.md for where it fails."""
     mean, variance = phi_gradient(seed, K, monkeypatch)
-    plain_mean, plain_variance = phi_gradient(seed, K, monkeypatch, "leave_one_out(value - c.detach()) *",
-                                               "(value - c.detach()) *")
+    plain_mean, plain_variance = phi_gradient(
+        seed, K, monkeypatch, "surrogate = advantage.detach()", "surrogate = value")
     assert (mean - plain_mean).abs().max() < 1e-10 and variance < 0.7 * plain_variance
 
 
@@ -322,6 +326,6 @@ def test_the_baseline_costs_no_bias_and_lowers_the_variance(seed, K, monkeypatch
 def test_the_own_step_in_the_score_term_costs_no_bias_but_adds_variance(seed, monkeypatch):
     """L_t does not depend on the gates of step t, so they would only add noise of mean 0."""
     mean, variance = phi_gradient(seed, 2, monkeypatch, L=3, T=3, nats=0)
-    own_mean, own_variance = phi_gradient(seed, 2, monkeypatch, "(u < t)[:, None]",
-                                         "(u <= t)[:, None]", L=3, T=3, nats=0)
+    own_mean, own_variance = phi_gradient(seed, 2, monkeypatch, "(u < t)[:, None, None]",
+                                         "(u <= t)[:, None, None]", L=3, T=3, nats=0)
     assert (mean - own_mean).abs().max() < 1e-10 and variance < own_variance
