@@ -25,7 +25,9 @@ class TableModel(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(answer_len=L, vocab_size=V, mask=V, pad=-1, eos=V)
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(torch.randn((V + 1) ** L, L, V + 1, generator=generator, dtype=torch.float64))
+        self.table = nn.Parameter(
+            torch.randn((V + 1) ** L, L, V + 1, generator=generator, dtype=torch.float64)
+        )
 
     def row(self, z):
         return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)  # the state read as a number
@@ -49,11 +51,15 @@ def scores(L=3, seed=0):
     return torch.randn(L, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-# An order is a tuple with the step that reveals each position: (1, 3, 2) reveals place 0, then 2, then 1.
+# An order is a tuple with the step that reveals each position: (1, 3, 2) reveals places 0, 2, 1.
 
 def orders(L, T):
     """Every order: steps 1..m are all used, m <= T."""
-    return [o for o in itertools.product(range(1, T + 1), repeat=L) if set(o) == set(range(1, max(o) + 1))]
+    return [
+        o
+        for o in itertools.product(range(1, T + 1), repeat=L)
+        if set(o) == set(range(1, max(o) + 1))
+    ]
 
 
 def answers(L):
@@ -66,7 +72,7 @@ def lookup(model, x0, order, t):
     return model(None, torch.tensor([z]))[0], [i for i, step in enumerate(order) if step >= t]
 
 
-# --- the model, Eq. 1 and 2 --------------------------------------------------------------------------
+# --- the model, Eq. 1 and 2 -----------------------------------------------------------------------
 
 def log_p_gates(model, x0, order, t, T):
     """Eq. 1: log p(r_t | z_t)."""
@@ -86,14 +92,19 @@ def log_p_tokens(model, x0, order, t):
 
 def log_p_joint(model, x0, order, T):
     """log p(x0, order)."""
-    return sum(log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t) for t in range(1, max(order) + 1))
+    return sum(
+        log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t)
+        for t in range(1, max(order) + 1)
+    )
 
 
 def log_p_marginal(model, x0, T):
-    return torch.logsumexp(torch.stack([log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]), 0)
+    return torch.logsumexp(
+        torch.stack([log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]), 0
+    )
 
 
-# --- the posterior, Eq. 3 -----------------------------------------------------------------------------
+# --- the posterior, Eq. 3 -------------------------------------------------------------------------
 
 def q_gates(s, order, t, T, tau=TAU):
     """{position: q} over the positions still masked at step t."""
@@ -112,7 +123,10 @@ def q_step(s, order, t, T, tau=TAU):
 
 def q_of(s, order, T, until=None):
     """q(order), or q(r_1 .. r_{until-1})."""
-    return math.prod((q_step(s, order, t, T) for t in range(1, until or max(order) + 1)), start=torch.ones((), dtype=s.dtype))
+    return math.prod(
+        (q_step(s, order, t, T) for t in range(1, until or max(order) + 1)),
+        start=torch.ones((), dtype=s.dtype),
+    )
 
 
 def possible_orders(s, T):
@@ -120,15 +134,23 @@ def possible_orders(s, T):
     return {o: q.item() for o in orders(len(s), T) if (q := q_of(s, o, T)) > 0}
 
 
-# --- the bound, Eq. 4, without Rao-Blackwellisation -----------------------------------------------------
+# --- the bound, Eq. 4, without Rao-Blackwellisation -----------------------------------------------
 
 def plain_step(model, s, x0, order, t, T):
-    """log p(r_t, x | z_t) - log q(r_t | z_t) at the gates that the order opens; 0 when nothing is left."""
+    """log p(r_t, x | z_t) - log q(r_t | z_t) at the gates that the order opens; 0 when nothing is
+    left."""
     if t > max(order):
         return torch.zeros((), dtype=s.dtype)
-    return log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t) - q_step(s, order, t, T).log()
+    return (
+        log_p_gates(model, x0, order, t, T)
+        + log_p_tokens(model, x0, order, t)
+        - q_step(s, order, t, T).log()
+    )
 
 
 def exact_elbo(model, s, x0, T):
     """sum over orders of q(order) (log p(x0, order) - log q(order))."""
-    return sum(q_of(s, o, T) * (log_p_joint(model, x0, o, T) - q_of(s, o, T).log()) for o in possible_orders(s, T))
+    return sum(
+        q_of(s, o, T) * (log_p_joint(model, x0, o, T) - q_of(s, o, T).log())
+        for o in possible_orders(s, T)
+    )
