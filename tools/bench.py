@@ -67,7 +67,7 @@ def forward_flops(c, B: int, P: int, states=1, written=0.0) -> float:
 
 
 def training(stage: str, run: train.Run, batch: int, compiled=False):
-    """A job that is train.py's step on at most `batch` of its examples, and facts of a whole one."""
+    """A job, train.py's step on at most `batch` of its examples, and facts of a whole step."""
     c, order = run.config, stage == "order"
     steps, B = train.stage_size(stage, c)
     *networks, optimizers = train.build_stage(stage, run)

@@ -49,9 +49,9 @@ def tied(out: Path) -> float:
     return (gap < config["tau_end"]).float().mean().item()
 
 
-def evaluate(out: Path, args, steps: str, orders: str) -> dict:
+def evaluate(out: Path, args, name: str, steps: str, orders: str) -> dict:
     """{order: {steps: [coherent, accuracy, mean steps]}}, each on the better of its checkpoints."""
-    path = out / f"{args.split}_{steps}.json"
+    path = out / f"{args.split}_{name}.json"
     eval_gsm8k.main(["--ckpt", str(out / "ckpt.pt"), "--control", str(out / "denoiser.pt"),
                      "--json", str(path), "--split", args.split, "--limit", str(args.limit),
                      "--tune_items", str(args.tune_items), "--steps", steps, "--orders", orders])
@@ -65,8 +65,9 @@ def evaluate(out: Path, args, steps: str, orders: str) -> dict:
 def row_of(out: Path, args) -> dict:
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     stage = [record for record in log if record["stage"] == "order"]
-    orders = evaluate(out, args, "2,3,4,8", TUNED) | evaluate(out, args, "4", PLAIN)
-    slow = evaluate(out, args, "L", "left_to_right")["left_to_right"].popitem()[1][0]
+    orders = evaluate(out, args, "tuned", "2,3,4,8", TUNED)
+    orders |= evaluate(out, args, "plain", "4", PLAIN)
+    slow = evaluate(out, args, "slow", "L", "left_to_right")["left_to_right"].popitem()[1][0]
     rules = {name: by["4"][0] for name, by in orders.items() if "learned" not in name}
     best, (coherent, accuracy, steps) = max(rules, key=rules.get), orders[DEFAULT]["4"]
     return {"seed": int(out.name.rpartition("_")[2]), "val": stage[-1]["val"],
