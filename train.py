@@ -100,7 +100,7 @@ class Config:
     K: int = arg(3, "orders per example, which then takes 1 + K network states")
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.67, "temperature of Eq. 3 at the start of the order stage")
-    tau_end: float = arg(0.05, "and at its end; it falls late, with the square of progress")
+    tau_end: float = arg(0.1, "and at its end; it falls late, with the square of progress")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight goes from 0.1 to 1")
     lr_scale_posterior: float = arg(0.5, "posterior's learning rates, over the denoiser's")
     # all stages
