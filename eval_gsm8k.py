@@ -201,8 +201,8 @@ def write_json(path: Path, content: dict):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Accuracy against steps.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
-    parser.add_argument("--control", default="out/control.pt",
-                        help="the rules' denoiser; denoiser.pt will do, empty: none")
+    parser.add_argument("--control", default="out/denoiser.pt", help="the rules' denoiser: fairer "
+                        "is control.pt of train.py --stages control; empty: none")
     parser.add_argument("--orders", default=EVERY_ORDER, help="NAME[:KNOB][+eos_last][+finish],..")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="budgets, L: no cap")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="to report on")

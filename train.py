@@ -24,16 +24,16 @@ The log, and what healthy looks like (bounds and kl in nats per answer):
                  far below where stage 1 ended, since T steps stand for one token at a time and q's
                  gates are charged too, and climbs back.
                  At the end of a stage over all validation items, with its standard error, val_se
-    elbo, recon, kl   means since the last line, elbo = recon - kl. kl falls from about ten to well
-                 below 1: p has learned to predict q's order. Near 0 at once, with q_steps near 1,
-                 is collapse
+    elbo, recon, kl   means since the last line, elbo = recon - kl. kl falls from tens of nats to
+                 well below 1: p has learned to predict q's order. Near 0 at once, with q_steps
+                 near 1, is collapse
     q_entropy    of q's gates, nats per step; falls slowly, to about 4 on the toy. Below 1 early is
                  an order frozen too soon: larger --tau
     q_steps      steps used under q. Falling to 1 is collapse: smaller --tau, longer --kl_ramp
     p_steps      steps that the sampler uses on validation items; approaches q_steps
     explained    share of what the later steps' terms vary between the orders of an example that
-                 the critic foretells: 0 at first, 0.2 to 0.5 in the end. Negative for long: its
-                 error is larger than with no critic at all
+                 the critic foretells: 0 at first, 0.1 to 0.5 later, wavering. Negative for long:
+                 its error is larger than with no critic at all
     grad         gradient norm before clipping to 1; ktok/s: thousand input tokens a second
 """
 
@@ -258,7 +258,8 @@ def batch_at(run: Run, stage: str, step: int, size: int):
 
 def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress, generator):
     """What a stage maximises and its logs, each (B,): a bound on log p(x0 | c); in the order stage
-    with the surrogate of Eq. 7, the KL's weight and the critic's error, which elbo has not."""
+    with the surrogate of Eq. 7, the KL's weight and the critic's error; the logged elbo is the plain
+    bound."""
     c = run.config
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or
                         (c.dtype == "auto" and run.device.type == "cuda")):
@@ -319,6 +320,7 @@ def build_stage(stage: str, run: Run):
         model, state = load_checkpoint(path, run.device)
         names = [f.name for f in fields(Config)]
         names = names[names.index("prompt_len") : names.index("max_steps_order")]
+        names.remove("n_layer_posterior")
         other = [name for name in ("dataset", "seed", *names)
                  if state["train_config"][name] != getattr(config, name)]
         if other or state["pieces"] != run.pieces:
@@ -436,7 +438,7 @@ def final_table(run: Run):
     if val["order"] < val.get("denoiser", -math.inf):
         print(f"No good order was found: its bound, {val['order']:.2f}, is below stage 1's, "
               f"{val['denoiser']:.2f}, which is of\nrandom orders and as many steps as they take. "
-              "Give it more --max_steps_order, or another --seed")
+              "Give it more --max_steps_order, or another --seed (with --stages denoiser,order)")
 
 
 def main(argv=None):

@@ -18,6 +18,7 @@ minutes              of the order stage, as it ran
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def tied(out: Path) -> float:
     """Share of the pairs that may stand in either order whose scores differ by less than tau."""
     model, state = load_checkpoint(out / "ckpt.pt")
     config, enc = state["train_config"], build_tokenizer(state["pieces"])
-    q = OrderPosterior(model.config, config["T"])
+    q = OrderPosterior(replace(model.config, n_layer=config["n_layer_posterior"]), config["T"])
     q.load_state_dict(state["states"][0])
     items = load_splits(config["dataset"], config["data_dir"])["val"][:300]
     prompt, x0, _ = encode(items, enc, config["prompt_len"], config["answer_len"])
