@@ -196,7 +196,7 @@ def make_optimizers(module, config: Config, scale: float = 1.0) -> list[torch.op
         (matrices if matrix else critic if name.startswith("critic.") else others).append(p)
     groups = [{"params": others, "lr": config.lr_other * scale}]
     if critic:
-        groups.append({"params": critic, "lr": 1e-3, "critic": True})
+        groups.append({"params": critic, "lr": 1e-3})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0),
                   Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0)]
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
@@ -363,7 +363,8 @@ def train_step(stage: str, run: Run, model: MDM, posterior: OrderPosterior | Non
         for part in [sums, *[p.grad for p in params if p.grad is not None]]:
             dist.all_reduce(part)
     # The critic's squared error is no likelihood, and would fill the norm.
-    clipped = [p for group in groups if not group.get("critic") for p in group["params"]]
+    clipped = [p for network in (model, posterior) if network
+               for name, p in network.named_parameters() if not name.startswith("critic.")]
     grad = torch.nn.utils.clip_grad_norm_(clipped, 1.0)
     if not grad.isfinite():
         raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient; start anew "
