@@ -245,7 +245,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MDM, dict]:
         state = torch.load(path, map_location=device, weights_only=True)
         if state["schema"] != SCHEMA:
             raise ValueError(f"schema {state['schema']}, this code reads {SCHEMA}: train again")
-        if missing := {"pieces", "train_config", "stage", "step", "log", "states"} - set(state):
+        entries = {"pieces", "train_config", "stage", "step", "log", "states", "versions"}
+        if missing := entries - set(state):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = MDM(ModelConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])  # names and shapes must be the network's
