@@ -258,8 +258,8 @@ def batch_at(run: Run, stage: str, step: int, size: int):
 
 def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress, generator):
     """What a stage maximises and its logs, each (B,): a bound on log p(x0 | c); in the order stage
-    with the surrogate of Eq. 7, the KL's weight and the critic's error; the logged elbo is the plain
-    bound."""
+    with the surrogate of Eq. 7, the KL's weight and the critic's error; the logged elbo is the
+    bound alone."""
     c = run.config
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or
                         (c.dtype == "auto" and run.device.type == "cuda")):
@@ -435,7 +435,8 @@ def final_table(run: Run):
           "stage trained ckpt's denoiser on;\nfor the rules `--stages control` makes up for that, "
           "then eval_gsm8k.py compares")
     print_table(rows, metric)
-    val = {record["stage"]: record["val"] for record in map(json.loads, run.log) if "val" in record}
+    records = [json.loads(line) for line in run.log]
+    val = {record["stage"]: record["val"] for record in records if "val" in record}
     if val["order"] < val.get("denoiser", -math.inf):
         print(f"No good order was found: its bound, {val['order']:.2f}, is below stage 1's, "
               f"{val['denoiser']:.2f}, which is of\nrandom orders and as many steps as they take. "
