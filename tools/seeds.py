@@ -29,7 +29,7 @@ from model import load_checkpoint, trim, versions
 from posterior import OrderPosterior
 
 DEFAULT = "learned:0.5"  # sample.py's
-TUNED = f"learned,{DEFAULT},entropy_bound,entropy_bound+eos_last"
+TUNED = f"learned,learned+finish,{DEFAULT},entropy_bound,entropy_bound+eos_last"
 PLAIN = "iid,confidence,margin,left_to_right"
 
 
