@@ -211,8 +211,8 @@ def parse_order(text: str) -> Order:
         knob = tuple(float(k) for k in match[2].split(":")[1:])
     except ValueError:
         raise UserError(f"the knob of order {text!r} is not a number") from None
-    if knob and not (default or sweep):
-        raise UserError(f"order {text!r} has no knob")
+    if knob and not ((default or sweep) and 0 <= knob[0] <= 100):
+        raise UserError(f"order {text!r} has no knob, or not one of 0 to 100")
     return Order(match[1], knob, bool(match[3]), bool(match[4]))
 
 

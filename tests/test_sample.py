@@ -197,7 +197,8 @@ def test_names_survive_being_printed(name):
 @pytest.mark.parametrize("text", [
     "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:3", "learned:.5:.5:.5",
     "learned:0.5:", "iid+finish+eos_last", "threshold:high", "threshold:1.2.3", "threshold:-",
-    "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8"])
+    "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8",
+    "dilated:600", "threshold:-1"])
 def test_a_name_that_cannot_be_read_is_one_line(text):
     with pytest.raises(UserError, match="order") as told:
         parse_order(text)
