@@ -44,7 +44,7 @@ second term of Eq. 6 is negative: p rules out "no gate opens", so all else is li
 Eq. 7. q_t^i inside L_t gives one part of q's gradient by autograd. But moving q also moves the
 states that later steps see; L_t depends on the gates before t only, hence sum_{u<t}. The mean over
 the *other* orders of the example is a baseline: independent of order k, so it costs no bias, and it
-removes what the orders have in common, all but fractions of a nat (leave-one-out, RLOO).
+removes what the orders have in common (leave-one-out, RLOO).
 
 Eq. 8. What is left is still mostly noise: one number, L_t, judges some hundred gates. So [NEW] the
 part of it that is linear in the gates, c_t, leaves the score term and comes back in closed form. No
@@ -59,7 +59,7 @@ estimates their sum: 1 + K network states per example instead of 1 + (T - 1) K.
 Ties. Two tokens that may stand in either order (the operands of 3 + 4) must not come out together,
 but which comes first is all the same: a small difference of their scores gains at most what p,
 which cannot tell which comes first, takes back. Two things part them. p's gates start at random
-(train.py) and differ from place to place by several nats: a rule that p knows, to which the KL
+(train.py) and differ from place to place by some 2 nats: a rule that p knows, to which the KL
 pulls q. And [NEW] scores are standardised, so that tau sets their scale and q only the shape. Left
 free, the scale grows until all K orders of an example are the same one, q learns next to nothing
 more, and p is so sure of a pair that has come out together that it stays.

@@ -27,7 +27,7 @@ The log, and what healthy looks like (bounds and kl in nats per answer):
     elbo, recon, kl   means since the last line, elbo = recon - kl. kl falls from tens of nats to
                  well below 1: p has learned to predict q's order. Near 0 at once, with q_steps
                  near 1, is collapse
-    q_entropy    of q's gates, nats per step; falls slowly, to about 4 on the toy. Below 1 early is
+    q_entropy    of q's gates, nats per step; falls slowly, to 2 to 8 on the toy. Below 1 early is
                  an order frozen too soon: larger --tau
     q_steps      steps used under q. Falling to 1 is collapse: smaller --tau, longer --kl_ramp
     p_steps      steps that the sampler uses on validation items; approaches q_steps
@@ -330,7 +330,7 @@ def build_stage(stage: str, run: Run):
         return model, None, make_optimizers(model, config)
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
-    # [NEW] Gates that differ at random from place to place, their logits spread by about 3: a rule
+    # [NEW] Gates that differ at random from place to place, their logits spread by about 2: a rule
     # for q to lean to (posterior.py, "Ties").
     torch.nn.init.normal_(model.gate_head.weight, std=0.3 * (128 / config.n_embd) ** 0.5)
     return model, posterior, [*make_optimizers(model, config),
