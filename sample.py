@@ -26,9 +26,11 @@ its own seed, so its sample depends neither on the rows beside it nor on when th
 """
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +304,8 @@ def parse_steps(text: str) -> int:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Show answers as they form.")
-    parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py")
+    parser.add_argument("--ckpt", help="checkpoint of train.py; out/ckpt.pt, or where there is "
+                        "none assets/toy.pt, by default")
     parser.add_argument("--steps", type=parse_steps, default=4, help="most of an answer, or L")
     parser.add_argument("--compare", "--order", default="learned:0.5",
                         help="one order, or several, comma-separated, to see side by side")
@@ -317,7 +320,11 @@ def main(argv=None):
     device, orders = pick_device(args.device), [parse_order(o) for o in args.compare.split(",")]
     if not args.temperature >= 0:
         raise UserError("--temperature must be at least 0")
-    model, state = load_checkpoint(args.ckpt, device)
+    path = args.ckpt or "out/ckpt.pt"
+    if not args.ckpt and not os.path.exists(path):
+        path = Path(__file__).parent / "assets" / "toy.pt"
+        print("no out/ckpt.pt here: answers of assets/toy.pt, trained by `python train.py`\n")
+    model, state = load_checkpoint(path, device)
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
     if args.prompt is None:
         items = load_splits(config["dataset"], args.data_dir or config["data_dir"])["val"]

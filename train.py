@@ -90,9 +90,9 @@ class Config:
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     # stage 1
-    max_steps_denoiser: int = arg(2400, "optimizer steps of stage 1")
+    max_steps_denoiser: int = arg(2000, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
-    lr_matrix: float = arg(0.02, "Muon, for the matrices of the blocks")
+    lr_matrix: float = arg(0.01, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
     max_steps_order: int = arg(1400, "optimizer steps of the order stage, and of the control")
