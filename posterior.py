@@ -99,11 +99,18 @@ class OrderPosterior(nn.Module):
 
 # --- Eq. 3: gates from scores, and orders from gates ----------------------------------------------
 
-def log_gate_probs(s, masked, last, tau: float):
-    """Eq. 3: log q_t^i (..., L). Where there is nothing to decide (position already revealed, or
-    the last step) it is 0, that is q = 1. `masked` (..., L) bool, `last` bool, broadcast to it."""
-    top = s.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)   # max over M; -inf if empty
-    return ((s - top) / tau).masked_fill(~masked | last, 0.0)
+def log_gate_probs(s, masked, left, tau: float):
+    """Eq. 3: log q_t^i (..., L) of scores s and masks of that shape, with `left` = T - t + 1 steps
+    to go (an int, or one for each row). Where there is nothing to decide (position already
+    revealed, or the last step) it is 0, that is q = 1."""
+    settled = ~masked | (left == 1)
+    ranked = s.masked_fill(~masked, -torch.inf).sort(-1, descending=True).values
+    n = -(-masked.sum(-1, keepdim=True) // left)                       # |M| / left, rounded up
+    fair = ranked.gather(-1, (n - 1).clamp(min=0))                     # the n-th largest score
+    log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
+    log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
+    log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)      # e + (1 - e) f
+    return log_q.masked_fill(log_e == 0, 0.0)                          # the best one opens
 
 
 def log_complement(log_q):
@@ -122,7 +129,7 @@ def sample_orders(s, K: int, T: int, tau: float, generator=None):
     reveal_step = torch.full(s.shape, T, device=s.device)                             # (B, K, L)
     for t in range(1, T):  # what is left after step T-1 is revealed at T
         masked = reveal_step >= t
-        q = log_gate_probs(s, masked, False, tau).exp()
+        q = log_gate_probs(s, masked, T - t + 1, tau).exp()
         opens = torch.rand(s.shape, device=s.device, dtype=s.dtype, generator=generator) < q
         reveal_step[masked & opens] = t
     return reveal_step
@@ -132,11 +139,12 @@ def path_before(s, w, reveal_step, t, T: int, tau: float):
     """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); c_t of Eq. 8; and the last
     sum of Eq. 7, which gives c_t's expectation back. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
     log_q_path, c, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
+    s = s[:, None].expand(reveal_step.shape)                                      # (B, K, L)
     for u in range(1, T):
         earlier = (u < t)[:, None, None]
         masked, opens = (reveal_step >= u) & earlier, (reveal_step == u) & earlier    # (B, K, L)
         w_ut = w[torch.arange(len(t)), :, u - 1, t - 1][:, None]                      # (B, 1, L)
-        log_q = log_gate_probs(s[:, None], masked, False, tau)
+        log_q = log_gate_probs(s, masked, T - u + 1, tau)
         q = log_q.exp() * masked
         log_q_path = log_q_path + torch.where(opens, log_q, log_complement(log_q)).sum(-1)
         c = c + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1)            # mean 0 given z_u
@@ -195,7 +203,7 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     z = x0.masked_fill(masked, model.config.mask)
 
     h = model(model.read(prompt), z.flatten(0, 1)).unflatten(0, (-1, 1 + K))     # (B, 1+K, L, D)
-    log_q = log_gate_probs(s[:, None], masked, last, tau)
+    log_q = log_gate_probs(s[:, None].expand_as(masked), masked, (T - step + 1)[..., None], tau)
     # [NEW] q maximises recon - kl_weight kl, p recon - kl: the gates keep their value, their
     # gradient is divided by kl_weight.
     gates = model.gate_logits(h)

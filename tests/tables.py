@@ -13,7 +13,6 @@ import torch.nn as nn
 
 SIZES = [(3, 1), (3, 2), (3, 3), (4, 2)]  # (L, T)
 V, TAU = 2, 0.5
-PLATEAU = 0.0  # of q's gates
 X0 = {3: (1, 0, 1), 4: (1, 0, 1, 1)}
 
 
@@ -111,9 +110,10 @@ def q_gates(s, order, t, T, tau=TAU):
     left = [i for i, step in enumerate(order) if step >= t]
     if t == T:
         return {i: torch.ones((), dtype=s.dtype) for i in left}
-    top = max(left, key=lambda i: s[i].item())
-    e = {i: torch.exp((s[i] - s[top]) / tau) for i in left}
-    return {i: e[i] / (1 - PLATEAU * (1 - e[i])) for i in left}
+    ranked = sorted((s[i] for i in left), reverse=True)
+    fair = ranked[math.ceil(len(left) / (T - t + 1)) - 1]
+    e = {i: torch.exp((s[i] - ranked[0]) / tau) for i in left}
+    return {i: 1 - (1 - e[i]) * (1 - torch.sigmoid((s[i] - fair) / tau)) for i in left}
 
 
 def q_step(s, order, t, T, tau=TAU):

@@ -32,7 +32,7 @@ def critic(L, T, seed=7):
 
 def two_steps(model, s, x0, chosen, t, T, w=None, kl_weight=1.0):
     """What train.py maximises, for one example whose K orders are `chosen`, at steps 1 and t."""
-    w = critic(len(x0), T + 1) if w is None else w  # T = 1 is asked for a step 2
+    w = critic(len(x0), T) if w is None else w
     value, logs = posterior.objective(model, s[None], w, NO_PROMPT, torch.tensor([x0]),
                                       torch.tensor([chosen]), torch.tensor([t]), T, TAU, kl_weight)
     return value.sum(), {name: log.squeeze(0) for name, log in logs.items()}
@@ -40,9 +40,9 @@ def two_steps(model, s, x0, chosen, t, T, w=None, kl_weight=1.0):
 
 def step_logs(model, s, x0, order, t, T):
     """elbo, recon and kl of step t alone, at the state that it starts from in the order:
-    L_1 + (T - 1) L_t less L_1. A step after the last costs nothing, and leaves L_1."""
-    w = critic(len(x0), T + 1)  # of as many steps as are asked for here
-    at, first = (two_steps(model, s, x0, [order, order], step, T, w)[1] for step in (t, T + 1))
+    L_1 + (T - 1) L_t less L_1. Where all came out at step 1, step T costs nothing."""
+    at, first = (two_steps(model, s, x0, [o, o], step, T)[1]
+                 for o, step in ((order, t), ((1,) * len(x0), T)))
     return {name: first[name] if t == 1 else (at[name] - first[name]) / (T - 1)
             for name in ("elbo", "recon", "kl")}
 
@@ -54,7 +54,7 @@ def step_term(model, s, x0, order, t, T):
 
 def later_steps(T):
     """What train.py draws from."""
-    return range(2, T + 1) if T > 1 else [2]
+    return range(2, T + 1) if T > 1 else [1]
 
 
 # --- Eq. 1, 2: the model --------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_gates_are_a_law_on_nonempty_sets(values):
     s = scores() if values is None else torch.tensor(values, dtype=torch.float64)
     for bits in itertools.product([False, True], repeat=3):
         if left := [i for i in range(3) if bits[i]]:
-            log_q = posterior.log_gate_probs(s, torch.tensor(bits), torch.tensor(False), TAU)
+            log_q = posterior.log_gate_probs(s, torch.tensor(bits), 2, TAU)
             q, not_q = log_q.exp(), torch.where(
                 log_q == 0, 0.0, posterior.log_complement(log_q).exp()
             )
@@ -345,7 +345,7 @@ def trajectory(model, s, x0, chosen, _, T):
     for t in range(1, T + 1):
         masked, opens, last = reveal_step >= t, reveal_step == t, torch.tensor([t == T])
         h = model(None, x0_k.masked_fill(masked, V))
-        log_q = posterior.log_gate_probs(s, masked, last, TAU)
+        log_q = posterior.log_gate_probs(s.expand(masked.shape), masked, T - t + 1, TAU)
         recon, kl = posterior.step_terms(
             log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last
         )
