@@ -110,7 +110,7 @@ def log_gate_probs(s, masked, left, tau: float):
     log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
     log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)      # e + (1 - e) f
-    return log_q.masked_fill(log_e == 0, 0.0)                          # the best one opens
+    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)             # rounding; the best opens
 
 
 def log_complement(log_q):

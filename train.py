@@ -95,14 +95,13 @@ class Config:
     lr_matrix: float = arg(0.01, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(1400, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(1200, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(3, "orders per example, which then takes 1 + K network states")
     T: int = arg(4, "step budget that the order is learned for")
     tau: float = arg(0.67, "temperature of Eq. 3 at the start of the order stage")
-    tau_end: float = arg(0.1, "and at its end; it falls late, with the square of progress")
+    tau_end: float = arg(0.05, "and at its end; it falls late, with the square of progress")
     kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight goes from 0.1 to 1")
-    lr_scale_posterior: float = arg(0.5, "posterior's learning rates, over the denoiser's")
     # all stages
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds and resume points")
@@ -188,17 +187,17 @@ class Muon(torch.optim.Muon):
             p.add_(x.T if tall else x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def make_optimizers(module, config: Config, scale: float = 1.0) -> list[torch.optim.Optimizer]:
+def make_optimizers(module, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest. DEVIATION: the paper's unknown."""
     matrices, critic, others = [], [], []
     for name, p in module.named_parameters():
         matrix = ".blocks." in name and p.ndim == 2
         (matrices if matrix else critic if name.startswith("critic.") else others).append(p)
-    groups = [{"params": others, "lr": config.lr_other * scale}]
+    groups = [{"params": others, "lr": config.lr_other}]
     if critic:
         groups.append({"params": critic, "lr": 1e-3})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0),
-                  Muon(matrices, lr=config.lr_matrix * scale, weight_decay=0)]
+                  Muon(matrices, lr=config.lr_matrix, weight_decay=0)]
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -333,8 +332,7 @@ def build_stage(stage: str, run: Run):
     # [NEW] Gates that differ at random from place to place, their logits spread by about 2: a rule
     # for q to lean to (posterior.py, "Ties").
     torch.nn.init.normal_(model.gate_head.weight, std=0.3 * (128 / config.n_embd) ** 0.5)
-    return model, posterior, [*make_optimizers(model, config),
-                              *make_optimizers(posterior, config, config.lr_scale_posterior)]
+    return model, posterior, [*make_optimizers(model, config), *make_optimizers(posterior, config)]
 
 
 def train_step(stage: str, run: Run, model: MDM, posterior: OrderPosterior | None, optimizers,

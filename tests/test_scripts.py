@@ -247,7 +247,7 @@ def test_tau_falls_and_the_kl_weight_grows_over_the_order_stage(fast, straight, 
     for progress in (0.0, 0.05, 0.5, 1.0):
         train.bound(run, model, q, *train.batch_at(run, "order", 0, 4), progress, None)
     taus, handed = seen[::2], seen[1::2]
-    assert taus == pytest.approx([0.67 * (0.1 / 0.67) ** x for x in (0, 0.0025, 0.25, 1)])
+    assert taus == pytest.approx([0.67 * (0.05 / 0.67) ** x for x in (0, 0.0025, 0.25, 1)])
     assert [tau for tau, _ in handed] == taus
     assert [weight for _, weight in handed] == pytest.approx([0.1, 0.55, 1.0, 1.0])
 
