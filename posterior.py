@@ -10,17 +10,18 @@ NOTATION
   B batch, K orders per example, T step budget, L answer length, V vocabulary
   x0       the answer (EOS and PAD included), c its prompt
   z_t      the state before step t: x0 with what is not yet revealed set to MASK; z_1 is all MASK
-  M        the masked positions of z_t
+  M        the masked positions of z_t; n = |M| / (T - t + 1), rounded up: an even share of them
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
   alpha^i  p's probability of opening gate i, before one is required to open (no noise schedule)
-  q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature; s^i its score of
-           i, standardised: over the positions of an answer mean 0 and standard deviation 1
+  q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature; s^i its score of i,
+           standardised over the positions of an answer; s^(n) the n-th largest score of M
   w_ut^i   the critic: what opening gate i at step u is worth to the later step t, in nats
 
   Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i)
                                     / (1 - prod_{i in M} (1 - alpha^i)),  r_t != 0;  r_T = 1
   Eq. 2  tokens      p(x^i | z_t) for every position revealed at t, independently
-  Eq. 3  posterior   q_t^i = exp((s^i - max_{j in M} s^j) / tau);  q_T^i = 1
+  Eq. 3  posterior   q_t^i = 1 - (1 - e^i) (1 - f^i),  e^i = exp((s^i - s^(1)) / tau),
+                     f^i = sigmoid((s^i - s^(n)) / tau);  q_T^i = 1
   Eq. 4  bound       log p(x0 | c) >= E_q sum_t L_t(z_t)
   Eq. 5  step term   L_t = sum_{i in M} q_t^i log p(x0^i | z_t) - KL_t
   Eq. 6  step KL     KL_t = sum_{i in M} KL(Bern(q_t^i) || Bern(alpha^i))
@@ -30,39 +31,34 @@ NOTATION
   Eq. 8  critic      c_t = sum_{u<t} sum_{i in M} w_ut^i (r_u^i - q_u^i);  w fits c_t to L_t
                      In Eq. 7 all but q in log q(r) and the last q_u^i is held constant; Eq. 8's fit
                      moves w alone. Once nothing is masked, L_t = 0
-END NOTATION
 
-Eq. 3. The best remaining position has q = 1: while anything is masked every step reveals at least
-one token. Score gaps that are large against tau make an order, small gaps parallelism. Scores come
-from one look at x0: whole orders are drawn without another pass.
+Eq. 3. The paper's gate is e: the best masked position opens, and with it what lies within about tau
+of it. But then what chance leaves closed is the best at the next step and has it for itself, and
+what lies far below has no slope and waits for the last. So [NEW] with f the n best open too: every
+step does its share.
 
-Eq. 5. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t. Apart from p's
-normaliser it is linear in each r_t^i, and q's gates are independent, so its expectation has a
-closed form: q_t^i for r_t^i (Rao-Blackwellisation). Only *which states are visited* is sampled. The
-second term of Eq. 6 is negative: p rules out "no gate opens", so all else is likelier.
+Eq. 5. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t. But for p's
+normaliser, which r_t does not move, it is linear in each r_t^i, and q's gates are independent: its
+mean has q_t^i for r_t^i (Rao-Blackwellisation). Only *which states are visited* is sampled.
 
-Eq. 7. q_t^i inside L_t gives one part of q's gradient by autograd. But moving q also moves the
-states that later steps see; L_t depends on the gates before t only, hence sum_{u<t}. The mean over
-the *other* orders of the example is a baseline: independent of order k, so it costs no bias, and it
-removes what the orders have in common (leave-one-out, RLOO).
+Eq. 7. Moving q also moves the states that later steps see, and L_t depends on the gates before t
+only: hence sum_{u<t}. The mean over the *other* orders of the example does not depend on order k:
+as a baseline it costs no bias (leave-one-out, RLOO).
 
-Eq. 8. What is left is still mostly noise: one number, L_t, judges some hundred gates. So [NEW] the
-part of it that is linear in the gates, c_t, leaves the score term and comes back in closed form. No
-bias for any w that has not seen the draw: given z_u, E[r_u^i - q_u^i] = 0, so c_t has mean 0, and
-E[(r_u^i - q_u^i) grad log q(r_u | z_u)] = grad q_u^i is what the last sum of Eq. 7 restores. (A
-control variate; compare MuProp, 1511.05176, and action-dependent baselines, 1803.07246.)
+Eq. 8. One number, L_t, judges some hundred gates: mostly noise. So [NEW] its part that is linear in
+the gates, c_t, leaves the score term and comes back in closed form. No bias for any w that has not
+seen the draw: given z_u, r_u^i - q_u^i has mean 0, and its mean with grad log q(r_u | z_u) is grad
+q_u^i. (A control variate; compare MuProp, 1511.05176, and 1803.07246.)
 
 Cost. z_1 is the same for all orders, so one pass gives L_1 exactly. Of the steps 2..T one is drawn
 per example, shared by its K orders so that the baseline compares like with like, and (T - 1) L_t
 estimates their sum: 1 + K network states per example instead of 1 + (T - 1) K.
 
-Ties. Two tokens that may stand in either order (the operands of 3 + 4) must not come out together,
-but which comes first is all the same: a small difference of their scores gains at most what p,
-which cannot tell which comes first, takes back. Two things part them. p's gates start at random
-(train.py) and differ from place to place by some 2 nats: a rule that p knows, to which the KL
-pulls q. And [NEW] scores are standardised, so that tau sets their scale and q only the shape. Left
-free, the scale grows until all K orders of an example are the same one, q learns next to nothing
-more, and p is so sure of a pair that has come out together that it stays.
+Ties. Two tokens that may stand in either order (3 + 4) must not come out together, but which comes
+first is all the same: what a small difference of their scores gains, p, which cannot guess it,
+takes back. Two things part them. p's gates start at random (train.py), a rule by place that p knows
+and to which the KL pulls q. And [NEW] scores are standardised: tau sets their scale, q the shape.
+Left free, the scale grows until all K orders of an example are the same and q learns no more.
 
 The numbering is ours: see the README on what of the paper was available to us.
 """
@@ -192,8 +188,8 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
 
     Returns what to maximise and detached logs, each (B,): `elbo`, `recon`, `kl` in nats per answer,
-    `q_entropy` of the gates in nats per step, `q_steps` that the orders use; `spread` of L_t over
-    the orders of an example in nats^2, and `error`, what of it the critic leaves."""
+    `q_entropy` of the gates in nats per step; `spread` of L_t over the orders of an example in
+    nats^2, and `error`, what of it the critic leaves."""
     K = reveal_step.shape[1]
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], 1)       # (B, 1+K)
@@ -225,7 +221,7 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     q, not_q = log_q.exp(), -torch.expm1(log_q)
     entropy = -(q * log_q + not_q * log_complement(log_q)).sum(-1)
     logs = {"elbo": all_steps(recon - kl), "recon": all_steps(recon), "kl": all_steps(kl),
-            "q_entropy": all_steps(entropy) / T, "q_steps": reveal_step.amax(-1).float().mean(1),
-            "spread": leave_one_out(value).square().mean(1), "error": error.mean(1)}
+            "q_entropy": all_steps(entropy) / T, "error": error.mean(1),
+            "spread": leave_one_out(value).square().mean(1)}
     logs = {name: log.detach() for name, log in logs.items()}
     return all_steps(step_elbo) + (T - 1) * surrogate.mean(1) - error.mean(1), logs

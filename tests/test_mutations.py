@@ -162,6 +162,8 @@ MUTATIONS = {
                  "log_q = log_e", GATES),
     "the share alone": ("posterior.py", "torch.logaddexp(log_e, log_complement(log_e) + log_f)",
                         "log_f", GATES),
+    "log q above 0": ("posterior.py", "log_q.clamp(max=0).masked_fill", "log_q.masked_fill",
+                      ("test_no_gate_opens_with_more_than_certainty",)),
     "half at every step": ("posterior.py", "keepdim=True) // left)", "keepdim=True) // 2)", LOG_Q),
     "share rounded down": ("posterior.py", "-(-masked.sum(-1, keepdim=True) // left)",
                            "masked.sum(-1, keepdim=True) // left", GATES),
@@ -189,8 +191,6 @@ MUTATIONS = {
     "q_entropy without closed gates": ("posterior.py",
                                        "(q * log_q + not_q * log_complement(log_q))",
                                        "(q * log_q)", LOGS),
-    "q_steps as a mean of places": ("posterior.py", "reveal_step.amax(-1).float()",
-                                    "reveal_step.float().mean(-1)", LOGS),
     "trajectory: score term's sign": ("tests/test_objective.py", "(terms.sum(0) + surrogate)",
                                       "(terms.sum(0) - surrogate)", TRAJECTORY),
     "trajectory: advantage not detached": (

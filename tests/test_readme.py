@@ -13,6 +13,7 @@ import pytest
 import eval_gsm8k
 import sample
 import tools.bench
+import tools.pack
 import tools.plot
 import tools.seeds
 import train
@@ -21,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS, EXPERIMENTS = ((ROOT / name).read_text() for name in (
     "README.md", "assets/results.md", "assets/experiments.md"))
 SCRIPTS = {"train.py": train, "sample.py": sample, "eval_gsm8k.py": eval_gsm8k,
-           "tools.bench": tools.bench, "tools.plot": tools.plot, "tools.seeds": tools.seeds}
+           "tools.bench": tools.bench, "tools.pack": tools.pack, "tools.plot": tools.plot,
+           "tools.seeds": tools.seeds}
 
 
 def commands():
@@ -57,6 +59,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
                               "--limit", "2", "--tune_items", "2", "--steps", "1,2",
                               "--json", "a.json"],
             "train.py": [*fast, "--out_dir", "out"],
+            "tools.pack": [],
             "tools.plot": ["--out", "a.gif" if "gif" in flags else "a.png"],
             "tools.seeds": ["--limit", "2", "--tune_items", "2", "--json", "c.json"],
             "tools.bench": [*fast, "--steps", "1", "--sample", "1", "--json", "b.json"]}[script]

@@ -23,6 +23,8 @@ import sample
 import posterior
 import train
 from data import UserError, run_script
+from model import load_checkpoint
+from tools import pack
 
 CHECKPOINTS = set(train.STAGES.values())
 
@@ -42,7 +44,7 @@ def test_train_writes_checkpoints_and_a_log_of_every_stage(straight):
     for record in records:
         assert all(math.isfinite(v) for v in record.values() if isinstance(v, float))
         if record["stage"] == "order":
-            assert set(record) >= {"elbo", "recon", "kl", "q_entropy", "q_steps", "grad"}
+            assert set(record) >= {"elbo", "recon", "kl", "q_entropy", "explained", "grad"}
             assert abs(record["elbo"] - (record["recon"] - record["kl"])) < 1e-2
     states = {name: torch.load(straight / name, weights_only=True) for name in CHECKPOINTS}
     start, *later = (states[name]["model"]["trunk.embed.weight"] for name in train.STAGES.values())
@@ -80,6 +82,52 @@ def test_sample_prints_every_step_and_the_number(straight, capsys):
     kinds = ["question", "truth", "step", "step", "step", "number"]
     assert [line.split()[0] for line in lines if line] == kinds * 2
     assert "·" in lines[2] and "·" not in lines[4] and "\033" not in lines[2]
+
+
+def test_sample_shows_the_packed_checkpoint_where_none_was_trained(straight, tmp_path, monkeypatch,
+                                                                   capsys):
+    """assets/toy.pt: at most 2 MB, its answers are true; one of one's own comes first."""
+    assert (ROOT / "assets/toy.pt").stat().st_size <= 2e6
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--num_samples", "8"])
+    note, *lines = capsys.readouterr().out.splitlines()
+    assert "assets/toy.pt" in note
+    words = [line.split() for line in lines if line]
+    truth = [w[1] for w in words if w[0] == "truth"]
+    number = [w[2] for w in words if w[0] == "number"]
+    assert len(truth) == 8 and sum(map(str.__eq__, truth, number)) >= 6
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt").write_bytes((straight / "ckpt.pt").read_bytes())
+    sample.main(["--num_samples", "1"])
+    assert "assets/toy.pt" not in capsys.readouterr().out
+
+
+def test_a_packed_checkpoint_answers_as_the_whole_one(straight, tmp_path):
+    pack.main([str(straight / "ckpt.pt"), str(tmp_path / "toy.pt")])
+    whole, packed = (load_checkpoint(path)[0] for path in (straight / "ckpt.pt",
+                                                            tmp_path / "toy.pt"))
+    for a, b in zip(whole.state_dict().values(), packed.state_dict().values(), strict=True):
+        assert b.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "toy.pt").stat().st_size < (straight / "ckpt.pt").stat().st_size / 2
+
+
+def test_training_says_where_no_good_order_was_found(straight, monkeypatch, capsys):
+    """The signs: a bound below stage 1's; on a toy, accurate answers that are not coherent."""
+    state = torch.load(straight / "ckpt.pt", weights_only=True)
+    config = train.Config(**{**state["train_config"], "out_dir": str(straight)})
+    run = train.Run(config, torch.device("cpu"), state["pieces"], [], (), ())
+    for dataset, bound, coherent, sign in (("gsm8k", -3, 0.1, ""), ("toy", -3, 0.75, ""),
+                                           ("gsm8k", -5, 0.9, "below stage 1's, -4.00"),
+                                           ("toy", -3, 0.7, "false equations")):
+        row = {"accuracy": 0.9, "coherent": coherent, "n": 1}
+        monkeypatch.setattr(train, "evaluate", lambda *_: dict(row))
+        monkeypatch.setattr(train, "print_table", lambda *_: None)
+        run.config = train.replace(config, dataset=dataset)
+        run.log = [json.dumps({"stage": stage, "val": val})
+                   for stage, val in (("denoiser", -4.0), ("order", bound))]
+        train.final_table(run)
+        printed = capsys.readouterr().out
+        assert ("No good order" in printed) == bool(sign) and sign in printed
 
 
 def test_sample_compares_orders_on_a_question_of_ones_own_into_any_stream(straight):
