@@ -3,7 +3,7 @@
 A state z is an answer x0 with some of its positions replaced by MASK, next to a prompt c that is
 never masked. One forward pass gives, for every position of the answer,
 
-    token head   p(x^i | z)       which token belongs here              Eq. 2
+    token head   p(x^i | z)       which token belongs here              Eq. 2 of posterior.py
     gate head    alpha^i(z)       should it be revealed now?            Eq. 1
 
 The number of masks says how far generation has come, so no time is fed to the network. MASK (id V)
@@ -126,8 +126,8 @@ class Trunk(nn.Module):
 
     # DEVIATION: the prompt does not see the answer.
     def read(self, prompt):
-        """The cache of prompts (B, P): each block's keys and values of them, and where they are no
-        padding. A pair of tensors whose rows are the prompts. `trim` the prompts first."""
+        """The cache of prompts (B, P): each block's keys and values, and where it is not padding. A
+        pair of tensors whose rows are the prompts. `trim` the prompts first."""
         x, cos, sin = self.enter(prompt, 0)
         real, kvs = prompt != self.config.pad, []
         for block in self.blocks:

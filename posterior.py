@@ -1,66 +1,36 @@
 """The order posterior and the variational objective: how a model learns in which order to write.
 
-The denoiser of model.py can fill any set of positions in parallel, but it fills them independently,
-so positions that depend on each other should not be revealed in the same step. Which ones may go
-together is latent: we see answers, never the order in which they should be written. So the order is
-inferred, as in a variational autoencoder: a posterior q reads the finished answer and proposes
-orders; the model p learns to write the answer along them and to propose such orders by itself.
+The denoiser of model.py fills positions in parallel but each by itself, so positions that depend on
+each other should not be revealed in the same step. Which may go together is latent: we see answers,
+never the order in which to write them. As in a variational autoencoder, a posterior q reads the
+finished answer and proposes orders; the model p learns to write the answer along them and to
+propose such orders itself. The argument for each equation: README.md, "The derivation".
 
-NOTATION
   B batch, K orders per example, T step budget, L answer length, V vocabulary
   x0       the answer (EOS and PAD included), c its prompt
   z_t      the state before step t: x0 with what is not yet revealed set to MASK; z_1 is all MASK
-  M        the masked positions of z_t; n = |M| / (T - t + 1), rounded up: an even share of them
+  M_t      the masked positions of z_t; n = |M_t| / (T - t + 1), rounded up: an even share of them
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
   alpha^i  p's probability of opening gate i, before one is required to open (no noise schedule)
-  q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature; s^i its score of i,
-           standardised over the positions of an answer; s^(n) the n-th largest score of M
+  q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature
+  s^i      q's score of position i; s^(n) the n-th largest of M_t
   w_ut^i   the critic: what opening gate i at step u is worth to the later step t, in nats
 
-  Eq. 1  gates       p(r_t | z_t) = prod_{i in M} Bern(r_t^i; alpha^i)
-                                    / (1 - prod_{i in M} (1 - alpha^i)),  r_t != 0;  r_T = 1
+  Eq. 1  gates       p(r_t | z_t) = prod_{i in M_t} Bern(r_t^i; alpha^i)
+                                    / (1 - prod_{i in M_t} (1 - alpha^i)),  r_t != 0;  r_T = 1
   Eq. 2  tokens      p(x^i | z_t) for every position revealed at t, independently
   Eq. 3  posterior   q_t^i = 1 - (1 - e^i) (1 - f^i),  e^i = exp((s^i - s^(1)) / tau),
                      f^i = sigmoid((s^i - s^(n)) / tau);  q_T^i = 1
   Eq. 4  bound       log p(x0 | c) >= E_q sum_t L_t(z_t)
-  Eq. 5  step term   L_t = sum_{i in M} q_t^i log p(x0^i | z_t) - KL_t
-  Eq. 6  step KL     KL_t = sum_{i in M} KL(Bern(q_t^i) || Bern(alpha^i))
-                            + log(1 - prod_{i in M} (1 - alpha^i));  KL_T = 0
-  Eq. 7  score term  A_t^k sum_{u<t} log q(r_u^k | z_u^k) + sum_{u<t} sum_{i in M} w_ut^i q_u^i,
+  Eq. 5  step term   L_t = sum_{i in M_t} q_t^i log p(x0^i | z_t) - KL_t
+  Eq. 6  step KL     KL_t = sum_{i in M_t} KL(Bern(q_t^i) || Bern(alpha^i))
+                            + log(1 - prod_{i in M_t} (1 - alpha^i));  KL_T = 0
+  Eq. 7  gradient    E_q sum_t grad (L_t + S_t^k),  S_t^k = A_t^k sum_{u<t} log q(r_u^k | z_u^k)
+                                                          + sum_{u<t} sum_{i in M_u} w_ut^i q_u^i,
                      A_t^k = (L_t - c_t)^k - mean_{k' != k} (L_t - c_t)^k'
-  Eq. 8  critic      c_t = sum_{u<t} sum_{i in M} w_ut^i (r_u^i - q_u^i);  w fits c_t to L_t
-                     In Eq. 7 all but q in log q(r) and the last q_u^i is held constant; Eq. 8's fit
-                     moves w alone. Once nothing is masked, L_t = 0
+  Eq. 8  critic      c_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
 
-Eq. 3. The paper's gate is e: the best masked position opens, and with it what lies within about tau
-of it. But then what chance leaves closed is the best at the next step and has it for itself, and
-what lies far below has no slope and waits for the last. So [NEW] with f the n best open too: every
-step does its share.
-
-Eq. 5. The textbook term is log p(r_t, x | z_t) - log q(r_t | z_t) at a sampled r_t. But for p's
-normaliser, which r_t does not move, it is linear in each r_t^i, and q's gates are independent: its
-mean has q_t^i for r_t^i (Rao-Blackwellisation). Only *which states are visited* is sampled.
-
-Eq. 7. Moving q also moves the states that later steps see, and L_t depends on the gates before t
-only: hence sum_{u<t}. The mean over the *other* orders of the example does not depend on order k:
-as a baseline it costs no bias (leave-one-out, RLOO).
-
-Eq. 8. One number, L_t, judges some hundred gates: mostly noise. So [NEW] its part that is linear in
-the gates, c_t, leaves the score term and comes back in closed form. No bias for any w that has not
-seen the draw: given z_u, r_u^i - q_u^i has mean 0, and its mean with grad log q(r_u | z_u) is grad
-q_u^i. (A control variate; compare MuProp, 1511.05176, and 1803.07246.)
-
-Cost. z_1 is the same for all orders, so one pass gives L_1 exactly. Of the steps 2..T one is drawn
-per example, shared by its K orders so that the baseline compares like with like, and (T - 1) L_t
-estimates their sum: 1 + K network states per example instead of 1 + (T - 1) K.
-
-Ties. Two tokens that may stand in either order (3 + 4) must not come out together, but which comes
-first is all the same: what a small difference of their scores gains, p, which cannot guess it,
-takes back. Two things part them. p's gates start at random (train.py), a rule by place that p knows
-and to which the KL pulls q. And [NEW] scores are standardised: tau sets their scale, q the shape.
-Left free, the scale grows until all K orders of an example are the same and q learns no more.
-
-The numbering is ours: see the README on what of the paper was available to us.
+In S, grad moves log q(r) and the last q_u^i only; Eq. 8's fit moves w alone. The numbering is ours.
 """
 
 import torch
@@ -87,6 +57,8 @@ class OrderPosterior(nn.Module):
         """prompt (B, P), x0 (B, L) -> scores s (B, L), higher is revealed earlier, and the critic's
         w (B, L, T, T) by position, step u, step t; float32 (bfloat16 would tie scores)."""
         h = self.trunk(self.trunk.read(prompt), x0).float()                          # (B, L, D)
+        # [NEW] Standardised over the positions, mean 0 and spread 1: tau sets the scale, q the
+        # shape. A free scale grows until all K orders are the same, and q learns no more.
         s = F.layer_norm((h * self.score_head.weight).sum(-1), x0.shape[-1:])
         embedded, *_ = self.trunk.enter(x0, self.trunk.config.prompt_len)
         seen = torch.cat([h, embedded], -1).detach()    # the trunk does not learn for the critic
@@ -98,7 +70,7 @@ class OrderPosterior(nn.Module):
 def log_gate_probs(s, masked, left, tau: float):
     """Eq. 3: log q_t^i (..., L) of scores s and masks of that shape, with `left` = T - t + 1 steps
     to go (an int, or one for each row). Where there is nothing to decide (position already
-    revealed, or the last step) it is 0, that is q = 1."""
+    revealed, or the last step) it is 0, that is q = 1. [NEW] f: the paper's gate is e alone."""
     settled = ~masked | (left == 1)
     ranked = s.masked_fill(~masked, -torch.inf).sort(-1, descending=True).values
     n = -(-masked.sum(-1, keepdim=True) // left)                       # |M| / left, rounded up
@@ -106,13 +78,13 @@ def log_gate_probs(s, masked, left, tau: float):
     log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
     log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)      # e + (1 - e) f
-    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)             # rounding; the best opens
+    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)  # no rounding above 1; the best opens
 
 
 def log_complement(log_q):
-    """log(1 - q) from log q. Where q = 1 it is -inf, which only ever meets a factor 0 (no order
-    leaves such a gate closed), so it may as well be 0, and must: 0 * inf would be nan. The
-    substitution stands before the log, or the gradient would be nan."""
+    """log(1 - q) from log q. Where q = 1 it is -inf, and given as 0: callers mask it or multiply by
+    0 (no order leaves such a gate closed), and 0 * inf would be nan. The substitution stands before
+    the log, or the gradient would be nan."""
     certain = log_q == 0
     return torch.log(-torch.expm1(log_q.masked_fill(certain, -1.0))).masked_fill(certain, 0.0)
 
@@ -132,8 +104,9 @@ def sample_orders(s, K: int, T: int, tau: float, generator=None):
 
 
 def path_before(s, w, reveal_step, t, T: int, tau: float):
-    """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); c_t of Eq. 8; and the last
-    sum of Eq. 7, which gives c_t's expectation back. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
+    """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); c_t of Eq. 8, a [NEW]
+    control variate (compare MuProp, 1511.05176, and 1803.07246); the last sum of Eq. 7, which gives
+    back what c_t took. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
     log_q_path, c, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
     s = s[:, None].expand(reveal_step.shape)                                      # (B, K, L)
     for u in range(1, T):
@@ -174,7 +147,7 @@ def leave_one_out(value):
 
 def draw_orders_and_steps(s, K: int, T: int, tau: float, generator=None):
     """What objective needs a draw of: reveal_step (B, K, L), and a later step t (B,) in 2..T.
-    DEVIATION: stratified. T-1 examples in a row see each step once, each alone a uniform one."""
+    DEVIATION: stratified. T-1 examples in a row see each step once; of each alone t is uniform."""
     reveal_step = sample_orders(s, K, T, tau, generator)
     later = max(T - 1, 1)
     first = torch.randint(later, (1,), device=s.device, generator=generator)
@@ -193,18 +166,18 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     K = reveal_step.shape[1]
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], 1)       # (B, 1+K)
-    last = (step == T)[..., None]
+    left = (T - step + 1)[..., None]
     masked = torch.cat([reveal_step[:, :1], reveal_step], 1) >= step[..., None]     # (B, 1+K, L)
     x0 = x0[:, None].expand_as(masked)
     z = x0.masked_fill(masked, model.config.mask)
 
     h = model(model.read(prompt), z.flatten(0, 1)).unflatten(0, (-1, 1 + K))     # (B, 1+K, L, D)
-    log_q = log_gate_probs(s[:, None].expand_as(masked), masked, (T - step + 1)[..., None], tau)
-    # [NEW] q maximises recon - kl_weight kl, p recon - kl: the gates keep their value, their
-    # gradient is divided by kl_weight.
+    log_q = log_gate_probs(s[:, None].expand_as(masked), masked, left, tau)
+    # [NEW] q maximises recon - kl_weight kl, p recon - kl: the gates keep their value, and their
+    # gradient is divided by the weight that it is about to be multiplied with.
     gates = model.gate_logits(h)
     gates = gates.detach() + (gates - gates.detach()) / kl_weight
-    recon, kl = step_terms(log_p_of(model, h, x0, masked), gates, log_q, masked, last)
+    recon, kl = step_terms(log_p_of(model, h, x0, masked), gates, log_q, masked, left == 1)
     step_elbo = recon - kl_weight * kl            # Eq. 5, the KL weighted: L_1, L_t^1 .. L_t^K
 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is

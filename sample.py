@@ -94,10 +94,9 @@ def entropy_of(state: State):
 # --- the learned order ----------------------------------------------------------------------------
 
 def learned(state: State):
-    """Eq. 1: independent gates given that at least one opens, drawn exactly. The first open gate f
-    has p(f = i) proportional to alpha^i prod_{j<i} (1 - alpha^j); those before it are closed, those
-    after it free. With a knob nothing is drawn: each gate with alpha > knob, or else the likeliest.
-    """
+    """Eq. 1: independent gates given that at least one opens, drawn exactly. p(first open gate = i)
+    is proportional to alpha^i prod_{j<i} (1 - alpha^j); those before it are closed, those after it
+    free. With a knob nothing is drawn: each gate with alpha > knob, or else the likeliest."""
     logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
     if state.knob:
         return or_best(logits.sigmoid() > state.knob[0], logits, state)
@@ -240,6 +239,7 @@ def generate(model: MDM, prompt, steps: int, order: Order | str = "learned", *, 
     generators = [torch.Generator().manual_seed(s) for s in (range(B) if seeds is None else seeds)]
     noise = torch.stack([torch.rand(T + 2, L + 1, generator=g, dtype=torch.float64)
                          for g in generators]).to(device, precise(device))    # (B, T + 2, L + 1)
+    # noise[:, t-1] of step t, [:, T] the same at every step, [:, T+1] of the tokens
     z = torch.full((B, L), model.config.mask, device=device)
     reveal_step, total = torch.zeros_like(z), noise.new_zeros(B)
     cache = model.read(trim(prompt, model.config.pad))           # once for all steps

@@ -331,7 +331,7 @@ def build_stage(stage: str, run: Run):
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
     # [NEW] Gates that differ at random from place to place, their logits spread by about 2: a rule
-    # for q to lean to (posterior.py, "Ties").
+    # for q to lean to (README.md, "How an order fails").
     torch.nn.init.normal_(model.gate_head.weight, std=0.3 * (128 / config.n_embd) ** 0.5)
     return model, posterior, [*make_optimizers(model, config), *make_optimizers(posterior, config)]
 
@@ -437,7 +437,7 @@ def final_table(run: Run):
     records = [json.loads(line) for line in run.log]
     val = {record["stage"]: record["val"] for record in records if "val" in record}
     signs = {  # of 16 toy runs, 3 had the first sign: those whose coherence was below 70 %
-        "true numbers above false equations: what must differ came out together":
+        "right numbers behind false equations: what must agree came out together":
             metric == "coherent" and rows[0]["coherent"] < 0.8 * rows[0]["accuracy"],
         f"the bound is below stage 1's, {val.get('denoiser', 0):.2f}, which is of random orders":
             val["order"] < val.get("denoiser", -math.inf)}

@@ -75,17 +75,18 @@ def log(args):
     for group, color, style in zip(args.files, COLORS[1:], ("-", "--", ":", "-.") * 2):
         (label, _, paths), values = group.partition("="), defaultdict(list)
         for path in paths.split(","):
-            records = [r[1:] for r in read(path, "stage", "step", "val") if r[0] == "order"]
+            records = [r[1:] for r in read(path, "stage", "step", "elbo") if r[0] == "order"]
             if not records:
                 raise UserError(f"{path} has no bound of the order stage; want LABEL=FILE,FILE")
             axes.plot(*zip(*records), color=color, lw=0.7, alpha=0.6)
-            for step, val in records:
-                values[step].append(val)
+            for step, elbo in records:
+                values[step].append(elbo)
         n = len(paths.split(","))
         steps = [step for step in sorted(values) if len(values[step]) == n]  # that all runs have
         axes.plot(steps, [median(values[step]) for step in steps], style, color=color, lw=2.8,
                   label=f"{label}, median of {n}")
-    axes.set(xlabel="optimizer steps of the order stage", ylabel="bound on log p(answer), nats")
+    axes.set(xlabel="optimizer steps of the order stage", ylim=(-12, None),
+             ylabel="bound on log p(answer), nats, training batches")
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(args.out, dpi=150)
 
