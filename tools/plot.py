@@ -85,7 +85,8 @@ def log(args):
         steps = [step for step in sorted(values) if len(values[step]) == n]  # that all runs have
         axes.plot(steps, [median(values[step]) for step in steps], style, color=color, lw=2.8,
                   label=f"{label}, median of {n}")
-    axes.set(xlabel="optimizer steps of the order stage", ylim=(-12, None),
+    low = min(values[steps[len(steps) // 6]])  # where p cannot yet predict q it is far below
+    axes.set(xlabel="optimizer steps of the order stage", ylim=(low - 1, None),
              ylabel="bound on log p(answer), nats, training batches")
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(args.out, dpi=150)

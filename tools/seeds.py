@@ -29,7 +29,7 @@ from model import load_checkpoint, trim, versions
 from posterior import OrderPosterior
 
 DEFAULT = "learned:0.5"  # sample.py's
-TUNED = f"learned,learned+finish,{DEFAULT},entropy_bound,entropy_bound+eos_last"
+TUNED = f"learned,{DEFAULT},entropy_bound,entropy_bound+eos_last"
 PLAIN = "iid,confidence,margin,left_to_right"
 
 
@@ -84,8 +84,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="out_0,out_1", help="folders NAME_SEED of train.py")
     parser.add_argument("--split", default="test", help="val or test")
-    parser.add_argument("--limit", type=int, default=400, help="items to report on")
-    parser.add_argument("--tune_items", type=int, default=64, help="validation items to tune on")
+    parser.add_argument("--limit", type=int, default=300, help="items to report on")
+    parser.add_argument("--tune_items", type=int, default=32, help="validation items to tune on")
     parser.add_argument("--json", default="assets/toy_seeds.json")
     args = parser.parse_args(argv)
     rows = [row_of(Path(out), args) for out in args.runs.split(",")]
