@@ -47,7 +47,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     """In a shortened form: flags of a tiny run follow those of the README and win."""
     for name in ("out", "ex", "out_gsm8k"):
         shutil.copytree(straight, tmp_path / name)
-    for seed in range(6):
+    for seed in range(8):
         shutil.copytree(straight, tmp_path / f"out_{seed}")
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
