@@ -3,7 +3,7 @@
     python -m tools.pack out/ckpt.pt assets/toy.pt
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from data import run_script
@@ -11,12 +11,15 @@ from model import load_checkpoint, save_checkpoint
 
 
 def main(argv=None):
-    source, target = map(Path, argv or sys.argv[1:])
-    model, state = load_checkpoint(source)
+    parser = argparse.ArgumentParser(description="The denoiser of a checkpoint, in float16.")
+    parser.add_argument("source")
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args(argv)
+    model, state = load_checkpoint(args.source)
     kept = {name: state[name] for name in ("pieces", "train_config", "stage", "step", "log",
                                           "versions")}
-    save_checkpoint(target, model.half(), **kept, states=[])
-    print(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
+    save_checkpoint(args.target, model.half(), **kept, states=[])
+    print(f"{args.target}: {args.target.stat().st_size / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":
