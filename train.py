@@ -332,7 +332,7 @@ def build_stage(stage: str, run: Run):
     posterior = posterior.to(run.device)
     # [NEW] Gates that differ at random from place to place, their logits spread by about 2: a rule
     # for q to lean to (README.md, "How an order fails").
-    torch.nn.init.normal_(model.gate_head.weight, std=0.3 * (128 / config.n_embd) ** 0.5)
+    torch.nn.init.normal_(model.gate_head.weight, std=0.6 * (128 / config.n_embd) ** 0.5)
     return model, posterior, [*make_optimizers(model, config), *make_optimizers(posterior, config)]
 
 
