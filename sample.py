@@ -96,10 +96,11 @@ def entropy_of(state: State):
 def learned(state: State):
     """Eq. 1: independent gates given that at least one opens, drawn exactly. p(first open gate = i)
     is proportional to alpha^i prod_{j<i} (1 - alpha^j); those before it are closed, those after it
-    free. With a knob nothing is drawn: each gate with alpha > knob, or else the likeliest."""
+    free. With a knob nothing is drawn: [NEW] gates with alpha > knob, and an even share at least,
+    the likeliest, so that a budget of fewer steps than p has learned is used evenly."""
     logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
     if state.knob:
-        return or_best(logits.sigmoid() > state.knob[0], logits, state)
+        return (logits.sigmoid() > state.knob[0]) | even_share(logits, state)
     log_not = F.logsigmoid(-logits)                          # log(1 - alpha), 0 where revealed
     log_first = F.logsigmoid(logits) + log_not.cumsum(-1) - log_not
     first = draw(log_first.log_softmax(-1), state.u[:, -1])[:, None]                     # (B, 1)

@@ -209,6 +209,8 @@ MUTATIONS = {
     "a gate at the knob opens": ("sample.py", "logits.sigmoid() > state.knob[0]",
                                  "logits.sigmoid() >= state.knob[0]",
                                  ("test_what_equals_the_knob", "learned:0.5", [3])),
+    "fewer gates than an even share": ("sample.py", "| even_share(logits, state)",
+                                       "| top_k(logits, state.masked, 1)", rule("learned")),
     "iid counts empty steps": ("sample.py", "time == time.amin(-1, keepdim=True)",
                                "time == state.t - 1", IID),
     "the batch's mean count": ("sample.py", "state.masked.sum(-1, keepdim=True) //",

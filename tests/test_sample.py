@@ -114,14 +114,15 @@ def entropy_bound(row, may, knob):
 
 def learned(row, may, knob):
     """Eq. 1: p(first open gate = i) = alpha^i prod_{j<i} (1 - alpha^j), normalised, by inverse CDF;
-    gates after it are free. A knob: gates above it, or the likeliest."""
+    gates after it are free. A knob: gates above it, and the likeliest, up to an even share."""
     if not knob:
         law = [row.alpha[i] * math.prod(1 - row.alpha[j] for j in may if j < i) for i in may]
         assert math.isclose(sum(law), 1 - math.prod(1 - row.alpha[i] for i in may))
         cdf = [sum(law[: n + 1]) / sum(law) for n in range(len(may))]
         first = next(i for i, c in zip(may, cdf) if c > row.u[-1])
         return [i for i in may if i == first or (i > first and row.u[i] < row.alpha[i])]
-    return [i for i in may if row.alpha[i] > knob[0]] or [max(may, key=lambda i: row.alpha[i])]
+    return {i for i in may if row.alpha[i] > knob[0]} | {
+        *even_share(lambda row, i: row.alpha[i])(row, may, knob)}
 
 
 DEFINITIONS = {
@@ -162,7 +163,7 @@ def test_every_order_reveals_what_its_definition_says(name, flags):
 
 @pytest.mark.parametrize("order, n", [
     ("confidence", 4), ("margin", 4), ("entropy", 4), ("left_to_right", 4), ("entropy_bound:1", 2),
-    ("threshold:0.99", 1), ("learned:0.9", 1)])
+    ("threshold:0.99", 1), ("learned:0.9", 4)])
 def test_equals_are_taken_from_the_left(order, n):
     """40 positions alike, the even ones masked: more than what sorting keeps in place by chance."""
     alike = SimpleNamespace(p=[(0.7, 0.2, 0.05, 0.03, 0.02)] * 40, masked=[True, False] * 20, t=1,
