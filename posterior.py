@@ -11,7 +11,7 @@ propose such orders itself. The argument for each equation: README.md, "The deri
   z_t      the state before step t: x0 with what is not yet revealed set to MASK; z_1 is all MASK
   M_t      the masked positions of z_t; n = |M_t| / (T - t + 1), rounded up: an even share of them
   r_t^i    1 if step t reveals position i; an order is r_1 .. r_T
-  alpha^i  p's probability of opening gate i, before one is required to open (no noise schedule)
+  alpha^i  p's probability of opening gate i, without the condition that at least one opens
   q_t^i    q's probability of opening gate i, given x0 and c; tau a temperature
   s^i      q's score of position i; s^(n) the n-th largest of M_t
   w_ut^i   the critic: what opening gate i at step u is worth to the later step t, in nats
@@ -27,8 +27,8 @@ propose such orders itself. The argument for each equation: README.md, "The deri
                             + log(1 - prod_{i in M_t} (1 - alpha^i));  KL_T = 0
   Eq. 7  gradient    E_q sum_t grad (L_t + S_t^k),  S_t^k = A_t^k sum_{u<t} log q(r_u^k | z_u^k)
                                                           + sum_{u<t} sum_{i in M_u} w_ut^i q_u^i,
-                     A_t^k = (L_t - c_t)^k - mean_{k' != k} (L_t - c_t)^k'
-  Eq. 8  critic      c_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
+                     A_t^k = (L_t - b_t)^k - mean_{k' != k} (L_t - b_t)^k'
+  Eq. 8  critic      b_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
 
 In S, grad moves log q(r) and the last q_u^i only; Eq. 8's fit moves w alone. The numbering is ours.
 """
@@ -49,7 +49,7 @@ class OrderPosterior(nn.Module):
         self.trunk = Trunk(config)
         self.score_head = nn.Linear(D, 1, bias=False)
         self.critic = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, T * T))
-        nn.init.normal_(self.score_head.weight, std=0.01)  # small, so that it soon turns
+        nn.init.normal_(self.score_head.weight, std=0.01)  # its scale cancels in s; small turns sooner
         nn.init.zeros_(self.critic[-1].weight)  # w = 0 to begin with
         nn.init.zeros_(self.critic[-1].bias)
 
@@ -77,8 +77,8 @@ def log_gate_probs(s, masked, left, tau: float):
     fair = ranked.gather(-1, (n - 1).clamp(min=0))                     # the n-th largest score
     log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
-    log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)      # e + (1 - e) f
-    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)  # no rounding above 1; the best opens
+    log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)  # e + (1 - e) f, except at e = 1
+    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)         # no rounding above 1
 
 
 def log_complement(log_q):
@@ -104,10 +104,10 @@ def sample_orders(s, K: int, T: int, tau: float, generator=None):
 
 
 def path_before(s, w, reveal_step, t, T: int, tau: float):
-    """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); c_t of Eq. 8, a [NEW]
+    """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); b_t of Eq. 8, a [NEW]
     control variate (compare MuProp, 1511.05176, and 1803.07246); the last sum of Eq. 7, which gives
-    back what c_t took. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
-    log_q_path, c, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
+    back what b_t took. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
+    log_q_path, b, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
     s = s[:, None].expand(reveal_step.shape)                                      # (B, K, L)
     for u in range(1, T):
         earlier = (u < t)[:, None, None]
@@ -116,9 +116,9 @@ def path_before(s, w, reveal_step, t, T: int, tau: float):
         log_q = log_gate_probs(s, masked, T - u + 1, tau)
         q = log_q.exp() * masked
         log_q_path = log_q_path + torch.where(opens, log_q, log_complement(log_q)).sum(-1)
-        c = c + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1)            # mean 0 given z_u
+        b = b + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1)            # mean 0 given z_u
         worth = worth + (w_ut.detach() * q).sum(-1)
-    return log_q_path, c, worth
+    return log_q_path, b, worth
 
 
 # --- Eq. 5, 6: one step's term of the bound -------------------------------------------------------
@@ -161,8 +161,8 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
 
     Returns what to maximise and detached logs, each (B,): `elbo`, `recon`, `kl` in nats per answer,
-    `q_entropy` of the gates in nats per step; `spread` of L_t over the orders of an example in
-    nats^2, and `error`, what of it the critic leaves."""
+    `q_entropy` of the gates in nats per step; in nats^2 `spread`, the mean square of L_t's
+    leave-one-out difference over the orders of an example, and `error`, what the critic leaves."""
     K = reveal_step.shape[1]
     # [NEW] L_1 is exact: its one state stands in column 0, z_t of the K orders in columns 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], 1)       # (B, 1+K)
@@ -173,8 +173,8 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
 
     h = model(model.read(prompt), z.flatten(0, 1)).unflatten(0, (-1, 1 + K))     # (B, 1+K, L, D)
     log_q = log_gate_probs(s[:, None].expand_as(masked), masked, left, tau)
-    # [NEW] q maximises recon - kl_weight kl, p recon - kl: the gates keep their value, and their
-    # gradient is divided by the weight that it is about to be multiplied with.
+    # [NEW] q maximises recon - kl_weight kl, p recon - kl: the gates keep their value; their
+    # gradient is divided by the weight that the KL below multiplies it with.
     gates = model.gate_logits(h)
     gates = gates.detach() + (gates - gates.detach()) / kl_weight
     recon, kl = step_terms(log_p_of(model, h, x0, masked), gates, log_q, masked, left == 1)
@@ -183,8 +183,8 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is
     # a constant in it: what L_t itself adds to the gradient already stands in step_elbo.
     value = step_elbo[:, 1:].detach()                                                    # (B, K)
-    log_q_path, c, worth = path_before(s, w, reveal_step, t, T, tau)
-    advantage = leave_one_out(value - c)                          # A_t^k of Eq. 7
+    log_q_path, b, worth = path_before(s, w, reveal_step, t, T, tau)
+    advantage = leave_one_out(value - b)                          # A_t^k of Eq. 7
     surrogate = advantage.detach() * log_q_path + worth
     error = advantage.square()                                    # Eq. 8: what w is fitted by
 

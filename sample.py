@@ -45,7 +45,7 @@ class State:
     """What an order may look at before step t of T. B rows, L positions, V tokens."""
     log_p: torch.Tensor        # (B, L, V) of the token head, float32
     gate_logits: torch.Tensor  # (B, L) logits of alpha
-    masked: torch.Tensor       # (B, L) True where the order may reveal, somewhere in every row
+    masked: torch.Tensor       # (B, L) True where the order may reveal: at least once a row
     t: int
     T: int
     u: torch.Tensor            # (B, L + 1) uniform noise, fresh every step
@@ -72,8 +72,8 @@ def top_k(score, masked, k):
 
 
 def even_share(score, state: State):
-    """The best of an even split of what is left over the steps that are left, at least one."""
-    k = (state.masked.sum(-1, keepdim=True) // (state.T - state.t + 1)).clamp(min=1)
+    """The best of an even split of what is masked over the steps that are left, rounded up."""
+    k = -(-state.masked.sum(-1, keepdim=True) // (state.T - state.t + 1))
     return top_k(score, state.masked, k)
 
 

@@ -256,7 +256,8 @@ def batch_at(run: Run, stage: str, step: int, size: int):
     return trim(prompt[rows], run.sizes.pad).to(run.device), x0[rows].to(run.device)
 
 
-def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress, generator):
+def stage_objective(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, progress,
+                    generator):
     """What a stage maximises and its logs, each (B,): a bound on log p(x0 | c); in the order stage
     with the surrogate of Eq. 7, the KL's weight and the critic's error; the logged elbo is the
     bound alone."""
@@ -267,8 +268,8 @@ def bound(run: Run, model: MDM, posterior: OrderPosterior | None, prompt, x0, pr
             elbo = denoiser_elbo(model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}
         # [NEW] the KL weight grows: q looks around before it has to be predictable. tau falls: at
-        # first many orders are tried, in the end few. While gates are soft, chance leaves some of
-        # step t's positions to step t+1, among those that were meant to wait for them.
+        # first many orders are tried, in the end few. While gates are soft, chance delays some
+        # positions by a step, to where they stand beside those that should follow them.
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
         tau = c.tau * (c.tau_end / c.tau) ** progress**2
         s, w = posterior(prompt, x0)
@@ -287,8 +288,8 @@ def validate(run: Run, model: MDM, posterior: OrderPosterior | None, progress: f
         prompt, x0 = trim(prompt, model.config.pad).to(run.device), x0.to(run.device)
         generator = torch.Generator(run.device)
         generator.manual_seed(seed_of(run.config.seed, "validate", 64 * i))
-        elbos.append(sum(bound(run, model, posterior, prompt, x0, progress, generator)[1]["elbo"]
-                         for _ in range(draws)) / draws)
+        elbos.append(sum(stage_objective(run, model, posterior, prompt, x0, progress,
+                                         generator)[1]["elbo"] for _ in range(draws)) / draws)
     elbo = torch.cat(elbos).double()
     record = {"val": elbo.mean().item()}
     if progress == 1:
@@ -330,7 +331,7 @@ def build_stage(stage: str, run: Run):
         return model, None, make_optimizers(model, config)
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
-    # [NEW] Gates that differ at random from place to place, their logits spread by about 2: a rule
+    # [NEW] Gates that differ at random from place to place, their logits spread by 5 to 8: a rule
     # for q to lean to (README.md, "How an order fails").
     torch.nn.init.normal_(model.gate_head.weight, std=0.6 * (128 / config.n_embd) ** 0.5)
     return model, posterior, [*make_optimizers(model, config), *make_optimizers(posterior, config)]
@@ -354,7 +355,7 @@ def train_step(stage: str, run: Run, model: MDM, posterior: OrderPosterior | Non
     for i in range(run.rank, config.chunks, run.world):
         generator = torch.Generator(run.device)
         generator.manual_seed(seed_of(config.seed, stage, step * config.chunks + i))
-        value, logs = bound(run, model, posterior, *parts[i], step / steps, generator)
+        value, logs = stage_objective(run, model, posterior, *parts[i], step / steps, generator)
         loss = -value.mean() / config.answer_len  # per token: the size of a cross-entropy
         (loss / config.chunks).backward()
         sums = sums + torch.stack([log.mean() for log in logs.values()]) / config.chunks

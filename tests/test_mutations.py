@@ -129,7 +129,7 @@ MUTATIONS = {
     "the critic's closed form of another step": (
         "posterior.py", "worth + (w_ut.detach() * q)",
         "worth + (w[torch.arange(len(t)), :, 0, t - 1][:, None].detach() * q)", GRADIENT),
-    "the critic stays in the score term": ("posterior.py", "advantage = leave_one_out(value - c)",
+    "the critic stays in the score term": ("posterior.py", "advantage = leave_one_out(value - b)",
                                            "advantage = leave_one_out(value)", GRADIENT),
     "another t for the critic": ("posterior.py", "w[torch.arange(len(t)), :, u - 1, t - 1]",
                                  "w[torch.arange(len(t)), :, u - 1, t[:1] - 1]", ROWS),

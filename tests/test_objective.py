@@ -578,9 +578,9 @@ def test_w_moves_by_its_squared_error_alone_and_moves_nothing_else():
     theta, by_w = torch.autograd.grad(value, (model.table, w))
     without, = torch.autograd.grad(two_steps(model, s, x0, chosen, 3, T, 0 * w)[0], model.table)
     assert torch.equal(theta, without)  # p's gradient knows no critic
-    _, c, _ = posterior.path_before(s[None], w, torch.tensor([chosen]), torch.tensor([3]), T, TAU)
+    _, b, _ = posterior.path_before(s[None], w, torch.tensor([chosen]), torch.tensor([3]), T, TAU)
     terms = torch.stack([step_term(model, s, x0, o, 3, T) for o in chosen]).detach()
-    gap = (terms[0] - c[0, 0]) - (terms[1] - c[0, 1])  # leave-one-out of two: plus and minus this
+    gap = (terms[0] - b[0, 0]) - (terms[1] - b[0, 1])  # leave-one-out of two: plus and minus this
     assert close(logs["error"], gap.detach() ** 2)
     assert close(logs["spread"], (terms[0] - terms[1]) ** 2)
     expected, = torch.autograd.grad(-gap**2, w)

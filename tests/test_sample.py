@@ -81,10 +81,10 @@ def H(row, i):
 
 
 def even_share(score):
-    """floor(what may be revealed / steps left), at least 1, of the highest score, leftmost first.
+    """ceil(what may be revealed / steps left) of the highest score, leftmost first.
     A definition takes a row, the positions that it may reveal, and a knob."""
     def define(row, may, knob):
-        share = max(1, len(may) // (row.T - row.t + 1))
+        share = math.ceil(len(may) / (row.T - row.t + 1))
         return sorted(may, key=lambda i: -score(row, i))[:share]
     return define
 

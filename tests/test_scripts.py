@@ -293,7 +293,7 @@ def test_tau_falls_and_the_kl_weight_grows_over_the_order_stage(fast, straight, 
                         posterior.objective(*args))
     model, q, _ = train.build_stage("order", run)
     for progress in (0.0, 0.05, 0.5, 1.0):
-        train.bound(run, model, q, *train.batch_at(run, "order", 0, 4), progress, None)
+        train.stage_objective(run, model, q, *train.batch_at(run, "order", 0, 4), progress, None)
     taus, handed = seen[::2], seen[1::2]
     assert taus == pytest.approx([0.67 * (0.05 / 0.67) ** x for x in (0, 0.0025, 0.25, 1)])
     assert [tau for tau, _ in handed] == taus
