@@ -1,7 +1,7 @@
 """Several training runs in one table: what a method that hangs on luck would not survive.
 
-    for s in 0 1 2 3 4 5 6 7; do python train.py --seed $s --out_dir out_$s; done
-    python -m tools.seeds --runs out_0,out_1,out_2,out_3,out_4,out_5,out_6,out_7
+    for s in 0 1 2 3 4 5 6 7 8 9; do python train.py --seed $s --out_dir out_$s; done
+    python -m tools.seeds --runs out_0,out_1,out_2,out_3,out_4,out_5,out_6,out_7,out_8,out_9
 
 Each run is evaluated (eval_gsm8k.py, rules on denoiser.pt and on ckpt.pt, the better of both
 counts; JSON in its folder), then gets one row in --json:
@@ -30,7 +30,7 @@ from posterior import OrderPosterior
 
 DEFAULT = "learned:0.5"  # sample.py's
 TUNED = f"learned,{DEFAULT},entropy_bound,entropy_bound+eos_last"
-PLAIN = "iid,confidence,margin,left_to_right"
+PLAIN = "iid,confidence,margin,left_to_right,entropy,dilated,threshold"
 
 
 @torch.no_grad()
