@@ -1,4 +1,4 @@
-"""A checkpoint to hand on: the denoiser alone, in float16.
+"""A checkpoint to hand on: the denoiser alone, without posterior and optimizers.
 
     python -m tools.pack out/ckpt.pt assets/toy.pt
 """
@@ -11,14 +11,14 @@ from model import load_checkpoint, save_checkpoint
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The denoiser of a checkpoint, in float16.")
+    parser = argparse.ArgumentParser(description="The denoiser of a checkpoint, alone.")
     parser.add_argument("source")
     parser.add_argument("target", type=Path)
     args = parser.parse_args(argv)
     model, state = load_checkpoint(args.source)
     kept = {name: state[name] for name in ("pieces", "train_config", "stage", "step", "log",
                                           "versions")}
-    save_checkpoint(args.target, model.half(), **kept, states=[])
+    save_checkpoint(args.target, model, **kept, states=[])
     print(f"{args.target}: {args.target.stat().st_size / 2**20:.2f} MiB")
 
 
