@@ -49,7 +49,7 @@ class OrderPosterior(nn.Module):
         self.trunk = Trunk(config)
         self.score_head = nn.Linear(D, 1, bias=False)
         self.critic = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, T * T))
-        nn.init.normal_(self.score_head.weight, std=0.01)  # its scale cancels in s; small turns sooner
+        nn.init.normal_(self.score_head.weight, std=0.01)  # scale cancels in s; small turns soon
         nn.init.zeros_(self.critic[-1].weight)  # w = 0 to begin with
         nn.init.zeros_(self.critic[-1].bias)
 
