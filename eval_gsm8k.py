@@ -5,8 +5,8 @@
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the likeliest token.
 The learned order runs on the order-trained checkpoint, each rule on it and on --control, which is
-denoiser.pt or, fairer, control.pt: that trained on by stage 1's loss for as many network states. The
-better of the two is its number: no rule loses because a denoiser was bent to the learned order.
+denoiser.pt or, fairer, control.pt: that trained on by stage 1's loss for as many network states.
+The better of the two is its number: no rule loses as a denoiser was bent to the learned order.
 
 A *cap* is the most steps that one answer may take, a *budget* the most on average. An order whose
 knob is not given, or that finishes early, is tuned: for each checkpoint and budget, the knob and
