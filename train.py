@@ -437,7 +437,7 @@ def final_table(run: Run):
     print_table(rows, metric)
     records = [json.loads(line) for line in run.log]
     val = {record["stage"]: record["val"] for record in records if "val" in record}
-    signs = {  # no run of assets/results.md has one; the failed one of experiments.md has the first
+    signs = {  # no toy run of results.md has one; the failed one of experiments.md has the first
         "right numbers behind false equations: what must agree came out together":
             metric == "coherent" and rows[0]["coherent"] < 0.8 * rows[0]["accuracy"],
         f"the bound is below stage 1's, {val.get('denoiser', 0):.2f}, which is of random orders":
