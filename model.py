@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from data import UserError
 
-SCHEMA = 4  # of checkpoint files
+SCHEMA = 5  # of checkpoint files
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,11 @@ class MDM(nn.Module):
         self.trunk = Trunk(config)
         self.read = self.trunk.read
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.gate_head = nn.Linear(config.n_embd, 1)
+        self.gate_head = nn.Linear(config.n_embd, 1, bias=False)
+        # One bias a place: hidden states hardly tell the gates where they are.
+        self.gate_bias = nn.Parameter(torch.full((config.answer_len,), -1.0))
         nn.init.zeros_(self.token_head.weight)
-        nn.init.zeros_(self.gate_head.weight)
-        nn.init.constant_(self.gate_head.bias, -1.0)  # alpha = 0.27 until the order stage
+        nn.init.zeros_(self.gate_head.weight)  # alpha = 0.27 until the order stage
 
     def forward(self, cache, z):
         """Hidden states (B*K, L, D), for the heads below: logits only where they are needed."""
@@ -171,8 +172,8 @@ class MDM(nn.Module):
         return self.token_head(h).float().log_softmax(-1)
 
     def gate_logits(self, h):
-        """logit of alpha, float32: (..., D) -> (...)."""
-        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
+        """logit of alpha, float32: (..., L, D) -> (..., L)."""
+        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_bias
         return 15 * torch.tanh(logits / 15)  # DEVIATION: soft-capped, so every log stays finite
 
 

@@ -30,7 +30,7 @@ propose such orders itself. The argument for each equation: README.md, "The deri
                      A_t^k = (L_t - b_t)^k - mean_{k' != k} (L_t - b_t)^k'
   Eq. 8  critic      b_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
 
-In S, grad moves log q(r) and the last q_u^i only; Eq. 8's fit moves w alone. The numbering is ours.
+In S, grad moves log q(r) and the q_u^i of its last sum only; Eq. 8's fit moves w alone. The numbering is ours.
 """
 
 import torch
@@ -49,7 +49,7 @@ class OrderPosterior(nn.Module):
         self.trunk = Trunk(config)
         self.score_head = nn.Linear(D, 1, bias=False)
         self.critic = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, T * T))
-        nn.init.normal_(self.score_head.weight, std=0.01)  # scale cancels in s; small turns soon
+        nn.init.normal_(self.score_head.weight, std=0.01)  # scale cancels in s; small: turns fast
         nn.init.zeros_(self.critic[-1].weight)  # w = 0 to begin with
         nn.init.zeros_(self.critic[-1].bias)
 
@@ -104,9 +104,9 @@ def sample_orders(s, K: int, T: int, tau: float, generator=None):
 
 
 def path_before(s, w, reveal_step, t, T: int, tau: float):
-    """Of the gates that led to z_t, each (B, K): log q(r_1 .. r_{t-1}); b_t of Eq. 8, a [NEW]
-    control variate (compare MuProp, 1511.05176, and 1803.07246); the last sum of Eq. 7, which gives
-    back what b_t took. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
+    """Three sums over the gates that led to z_t, (B, K) each: log q(r_1 .. r_{t-1}); b_t of Eq. 8,
+    a [NEW] control variate (compare MuProp, 1511.05176, and 1803.07246); the last sum of Eq. 7,
+    which gives back what b_t took. s (B, L), w (B, L, T, T), t (B,) in 1..T."""
     log_q_path, b, worth = torch.zeros(3, *reveal_step.shape[:2], device=s.device, dtype=s.dtype)
     s = s[:, None].expand(reveal_step.shape)                                      # (B, K, L)
     for u in range(1, T):

@@ -77,12 +77,6 @@ def even_share(score, state: State):
     return top_k(score, state.masked, k)
 
 
-def or_best(chosen, score, state: State):
-    """What is chosen, or the single best where nothing is."""
-    chosen = chosen & state.masked
-    return torch.where(chosen.any(-1, keepdim=True), chosen, top_k(score, state.masked, 1))
-
-
 def confidence_of(state: State):
     return state.log_p.amax(-1)
 
@@ -145,16 +139,16 @@ def dilated(state: State):
 # --- rules: what is found safe, at least one position ---------------------------------------------
 
 def iid(state: State):
-    """Each position opens with probability 1 / (T - t + 1) at step t: the same as one uniform time
-    in 1..T per position, drawn beforehand. Steps at which nothing opens are not taken."""
+    """Each position has a time of its own, uniform in 1..T and drawn beforehand; steps at which
+    nothing opens are not taken."""
     time = (state.u_row * state.T).long().masked_fill(~state.masked, state.T)
     return time == time.amin(-1, keepdim=True)
 
 
 def threshold(state: State):
-    """All with c^i >= knob, or else the best (Fast-dLLM, 2505.22618)."""
+    """All with c^i >= knob, and the best (Fast-dLLM, 2505.22618)."""
     score = confidence_of(state)
-    return or_best(score.exp() >= state.knob[0], score, state)
+    return (score.exp() >= state.knob[0]) | top_k(score, state.masked, 1)
 
 
 def entropy_bound(state: State):
@@ -167,7 +161,7 @@ def entropy_bound(state: State):
 
 
 ORDERS = {  # name: (rule, default knob, knobs that eval_gsm8k.py tries where none is given)
-    "learned": (learned, (), [(), *((alpha,) for alpha in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6))]),
+    "learned": (learned, (), [(), (0.5,)]),
     "left_to_right": (left_to_right, (), []),
     "confidence": (confidence, (), []),
     "margin": (margin, (), []),

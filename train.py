@@ -268,8 +268,7 @@ def stage_objective(run: Run, model: MDM, posterior: OrderPosterior | None, prom
             elbo = denoiser_elbo(model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}
         # [NEW] the KL weight grows: q looks around before it has to be predictable. tau falls: at
-        # first many orders are tried, in the end few. While gates are soft, chance delays some
-        # positions by a step, to where they stand beside those that should follow them.
+        # first many orders are tried, in the end few.
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
         tau = c.tau * (c.tau_end / c.tau) ** progress**2
         s, w = posterior(prompt, x0)
@@ -331,9 +330,11 @@ def build_stage(stage: str, run: Run):
         return model, None, make_optimizers(model, config)
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
-    # [NEW] Gates that differ at random from place to place, their logits spread by 5 to 8: a rule
-    # for q to lean to (README.md, "How an order fails").
-    torch.nn.init.normal_(model.gate_head.weight, std=0.6 * (128 / config.n_embd) ** 0.5)
+    # [NEW] p's gates start as an arbitrary rule by place, for q to lean to (README.md, "How an
+    # order fails"): logits of -6 to 4, a random walk in a ring of that length. Steps of 2 to 4.5
+    # part next places by 2 at least, those two apart by 1.
+    walk = (0.2 + 0.25 * torch.rand(config.answer_len)).cumsum(0)
+    model.gate_bias.data.copy_(10 * (walk % 1) - 6)
     return model, posterior, [*make_optimizers(model, config), *make_optimizers(posterior, config)]
 
 
