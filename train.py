@@ -128,7 +128,7 @@ PRESETS = {
     "toy": {},
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=64, n_layer=4, n_pieces=3072,
-                  batch_size=16, max_steps_denoiser=7000, batch_size_order=8,
+                  batch_size=16, max_steps_denoiser=7000, batch_size_order=8, max_steps_order=2400,
                   eval_items=128),
     "gsm8k_aug": dict(  # the paper's recipe near its size, but from random weights; not been run
         # the paper's, as summaries report it: 170M parameters, 45,000 x 256, then 15,000 x 32 x 8
