@@ -23,7 +23,7 @@ nats      mean log p(true answer) of the sampler that takes this order and draws
 Columns: steps, forward passes while a row was unfinished (mean, least - most); 95 %, the interval
 of the score over items (Wilson; of nats 1.96 standard errors); true, the share of the generated
 <<a=b>> that are; p, of the learned order against the best rule with no more mean steps, paired over
-items (McNemar, exact). That rule is picked on test, which favours it.
+items (McNemar, exact; with nats of accuracy). That rule is picked on test, which favours it.
 
 Each row is written to --json as soon as it is done. The same command on the same checkpoints goes
 on with the rows that are missing.
@@ -231,8 +231,8 @@ def main(argv=None):
         raise UserError(f"{args.ckpt} and {args.control} are of different runs: other tokenizers")
     enc, config = build_tokenizer(state["pieces"]), state["train_config"]
     L = config["answer_len"]
-    metric = args.metric or ("coherent" if config["dataset"].startswith("toy") else "accuracy")
-    args.metric = metric
+    metric = "coherent" if config["dataset"].startswith("toy") else "accuracy"
+    metric = args.metric = args.metric or metric
     splits = load_splits(config["dataset"], args.data_dir or config["data_dir"],
                          toy_sizes={name: TOY_SIZES[name] for name in ("val", "test")})
     tuning, splits["val"] = splits["val"][: args.tune_items], splits["val"][args.tune_items :]
@@ -246,8 +246,7 @@ def main(argv=None):
     if path.is_file():
         try:
             old = json.loads(path.read_text())
-            rows, same = old["rows"], old["meta"] == meta
-            rows = rows if same else []
+            rows = old["rows"] if old["meta"] == meta else []
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"--json {path} holds no results of this script: name another") from e
         kept = f"{len(rows)} rows of this evaluation are in" if rows else "replacing"

@@ -127,7 +127,7 @@ class Trunk(nn.Module):
     # DEVIATION: the prompt does not see the answer.
     def read(self, prompt):
         """The cache of prompts (B, P): each block's keys and values, and where it is not padding. A
-        pair of tensors whose rows are the prompts. `trim` the prompts first."""
+        pair of tensors whose rows are the prompts. `trim` saves time."""
         x, cos, sin = self.enter(prompt, 0)
         real, kvs = prompt != self.config.pad, []
         for block in self.blocks:

@@ -14,7 +14,7 @@ Stages, one loop:
               stage 1's loss on as many more network states as the order stage saw
 Written to --out_dir: denoiser.pt, ckpt.pt (order), control.pt, resume.pt, log.jsonl.
 
-A batch is computed in --chunks parts, in turn or by as many processes: the result is the same.
+A batch is computed in --chunks parts, in turn or by that many processes, with one result.
 Every draw is seeded by (seed, stage, step, part), and so is the place in the data. So a resume
 point needs no generator state, resuming is bit for bit on a CPU with as many threads, and logging
 or validating more often changes nothing.
@@ -434,7 +434,7 @@ def final_table(run: Run):
         rows.append({"budget": config.T, "checkpoint": name, **row})
     print(f"\n{rows[0]['n']} validation items, at most {config.T} steps an answer, in %. The order "
           "stage trained ckpt's denoiser on;\nfor the rules `--stages control` makes up for that, "
-          "then eval_gsm8k.py compares")
+          f"then `eval_gsm8k.py --control {out / 'control.pt'}` compares")
     print_table(rows, metric)
     records = [json.loads(line) for line in run.log]
     val = {record["stage"]: record["val"] for record in records if "val" in record}
