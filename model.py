@@ -48,6 +48,7 @@ class ModelConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128      # D, a multiple of 2 H
+    place_gates: bool = False  # p's gates have a bias for each place, not one for all
 
     @property
     def eos(self): return self.vocab_size - 2
@@ -157,11 +158,11 @@ class MDM(nn.Module):
         self.trunk = Trunk(config)
         self.read = self.trunk.read
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.gate_head = nn.Linear(config.n_embd, 1, bias=False)
-        # One bias a place: hidden states hardly tell the gates where they are.
-        self.gate_bias = nn.Parameter(torch.full((config.answer_len,), -1.0))
+        self.gate_head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.token_head.weight)
-        nn.init.zeros_(self.gate_head.weight)  # alpha = 0.27 until the order stage
+        nn.init.zeros_(self.gate_head.weight)
+        biases = config.answer_len if config.place_gates else 1
+        self.gate_head.bias = nn.Parameter(torch.full((biases,), -1.0))  # alpha = 0.27 at first
 
     def forward(self, cache, z):
         """Hidden states (B*K, L, D), for the heads below: logits only where they are needed."""
@@ -173,7 +174,7 @@ class MDM(nn.Module):
 
     def gate_logits(self, h):
         """logit of alpha, float32: (..., L, D) -> (..., L)."""
-        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_bias
+        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
         return 15 * torch.tanh(logits / 15)  # DEVIATION: soft-capped, so every log stays finite
 
 

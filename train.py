@@ -85,6 +85,7 @@ class Config:
     n_layer_posterior: int = arg(2, "blocks of the posterior")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "width")
+    place_gates: bool = arg(False, "give p's gates a bias for each place of the answer")
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     # stage 1
@@ -129,13 +130,14 @@ PRESETS = {
     "toy2": dict(dataset="toy2"),  # stories told forwards or backwards
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=64, n_layer=4, n_pieces=3072,
                   batch_size=16, max_steps_denoiser=7000, batch_size_order=8, max_steps_order=2400,
-                  eval_items=128),
+                  place_gates=True, eval_items=128),
     "gsm8k_aug": dict(  # the paper's recipe near its size, but from random weights; not been run
         # the paper's, as summaries report it: 170M parameters, 45,000 x 256, then 15,000 x 32 x 8
         dataset="gsm8k-aug", max_steps_denoiser=45_000, batch_size=256, max_steps_order=15_000,
         batch_size_order=32, K=8, T=5,
-        # ours (131M parameters, 30M for the posterior)
+        # ours (131M parameters, 32M more for the posterior)
         prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, n_layer_posterior=4,
+        place_gates=True,
         # unknown, chosen by us without a run; so are tau, its end and the KL ramp, the toy's
         lr_matrix=0.005, lr_other=5e-4),
 }
@@ -228,7 +230,8 @@ class Run:
     def sizes(self) -> ModelConfig:
         c = self.config
         vocab_size = 256 + len(self.pieces) + 2
-        return ModelConfig(vocab_size, c.prompt_len, c.answer_len, c.n_layer, c.n_head, c.n_embd)
+        return ModelConfig(vocab_size, c.prompt_len, c.answer_len, c.n_layer, c.n_head, c.n_embd,
+                           c.place_gates)
 
 
 def prepare(config: Config) -> Run:
@@ -330,11 +333,14 @@ def build_stage(stage: str, run: Run):
         return model, None, make_optimizers(model, config)
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
-    # [NEW] p's gates start as an arbitrary rule by place, for q to lean to (README.md, "How an
-    # order fails"): logits of -6 to 4, a random walk in a ring of that length. Steps of 2 to 4.5
-    # part next places by 2 at least, those two apart by 1.
-    walk = (0.2 + 0.25 * torch.rand(config.answer_len)).cumsum(0)
-    model.gate_bias.data.copy_(10 * (walk % 1) - 6)
+    # [NEW] p's gates start as an arbitrary rule, for q to lean to (README.md, "How an order fails"):
+    # by random weights, which spread logits by 5 to 8 between places, or by biases of -6 to 4, a
+    # random walk in a ring. Its steps of 2 to 4.5 part next places by 2, those two apart by 1.
+    if config.place_gates:
+        walk = (0.2 + 0.25 * torch.rand(config.answer_len)).cumsum(0)
+        model.gate_head.bias.data.copy_(10 * (walk % 1) - 6)
+    else:
+        torch.nn.init.normal_(model.gate_head.weight, std=0.6 * (128 / config.n_embd) ** 0.5)
     return model, posterior, [*make_optimizers(model, config), *make_optimizers(posterior, config)]
 
 

@@ -415,3 +415,20 @@ def test_bad_input_ends_in_one_line(fast, straight, tmp_path, monkeypatch, capfd
 def test_parts_must_be_shared_out_evenly_and_the_script_ends_in_one_line(fast, tmp_path):
     done = run("train.py", *fast, "--chunks", "2", "--out_dir", tmp_path, WORLD_SIZE="3")
     assert (done.returncode, done.stderr) == (1, "--chunks 2 must be a multiple of 3 processes\n")
+
+
+def test_gates_start_as_a_rule_by_place_that_parts_neighbours(fast, tmp_path):
+    """place_gates: a bias each, of -6 to 4; next places differ by 2, those two apart by 1, so that
+    no tied pair starts alike; a bias moves the logit of its own place only."""
+    flags = [*fast, "--place_gates", "--answer_len", "40", "--max_steps_denoiser", "1",
+             "--out_dir", str(tmp_path)]
+    train.main([*flags, "--stages", "denoiser"])
+    model, *_ = train.build_stage("order", train.prepare(train.parse_config(flags)))
+    bias = model.gate_head.bias.data
+    assert -6 <= bias.min() and bias.max() <= 4 and len(bias) == 40
+    assert (bias[1:] - bias[:-1]).abs().min() >= 2 - 1e-5
+    assert (bias[2:] - bias[:-2]).abs().min() >= 1 - 1e-5
+    h = torch.zeros(1, 40, model.config.n_embd)
+    before = model.gate_logits(h)
+    bias[7] += 1
+    assert (model.gate_logits(h) != before).nonzero().tolist() == [[0, 7]]
