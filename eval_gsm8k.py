@@ -246,7 +246,8 @@ def main(argv=None):
     if path.is_file():
         try:
             old = json.loads(path.read_text())
-            rows = old["rows"] if old["meta"] == meta else []
+            rows, same = old["rows"], old["meta"] == meta
+            rows = rows if same else []
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"--json {path} holds no results of this script: name another") from e
         kept = f"{len(rows)} rows of this evaluation are in" if rows else "replacing"

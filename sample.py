@@ -148,7 +148,7 @@ def iid(state: State):
 def threshold(state: State):
     """All with c^i >= knob, and the best (Fast-dLLM, 2505.22618)."""
     score = confidence_of(state)
-    return (score.exp() >= state.knob[0]) | top_k(score, state.masked, 1)
+    return (state.masked & (score.exp() >= state.knob[0])) | top_k(score, state.masked, 1)
 
 
 def entropy_bound(state: State):

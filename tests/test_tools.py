@@ -73,7 +73,7 @@ def test_bench_reports_a_preset_without_data(tmp_path):
     result = json.loads(path.read_text())
     D, V, S = 16, 256 + 10 + 2, 12 + 8
     trunk, block = (V + 1 + S) * D + D, 12 * D * D + 2 * D  # embeddings and norms
-    denoiser = trunk + 2 * block + V * D + D + 1            # token head, gate head
+    denoiser = trunk + 2 * block + V * D + D + 8            # token head, gate head with places
     assert result["train"]["parameters"] == denoiser
     critic = (2 * D + 1) * D + (D + 1) * 4**2       # T = 4
     assert result["order"]["parameters"] == denoiser + trunk + block + D + critic
