@@ -30,7 +30,7 @@ propose such orders itself. The argument for each equation: README.md, "The deri
                      A_t^k = (L_t - b_t)^k - mean_{k' != k} (L_t - b_t)^k'
   Eq. 8  critic      b_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
 
-In S, grad moves log q(r) and the q_u^i of its last sum only; Eq. 8's fit moves w alone. The numbering is ours.
+In S, grad moves log q(r) and the q_u^i of its last sum; Eq. 8's fit, w alone. Our numbering.
 """
 
 import torch

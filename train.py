@@ -85,7 +85,7 @@ class Config:
     n_layer_posterior: int = arg(2, "blocks of the posterior")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "width")
-    place_gates: bool = arg(False, "give p's gates a bias for each place of the answer")
+    place_gates: bool = arg(False, "a bias for each place in p's gates: hidden states tell little of it")
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     # stage 1
