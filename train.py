@@ -85,7 +85,7 @@ class Config:
     n_layer_posterior: int = arg(2, "blocks of the posterior")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "width")
-    place_gates: bool = arg(False, "a bias for each place in p's gates: hidden states tell little of it")
+    place_gates: bool = arg(False, "each place has a bias in p's gates; else one for all")
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     # stage 1
@@ -333,7 +333,7 @@ def build_stage(stage: str, run: Run):
         return model, None, make_optimizers(model, config)
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
-    # [NEW] p's gates start as an arbitrary rule, for q to lean to (README.md, "How an order fails"):
+    # [NEW] p's gates start as an arbitrary rule for q to lean to (README.md, "How an order fails"):
     # by random weights, which spread logits by 5 to 8 between places, or by biases of -6 to 4, a
     # random walk in a ring. Its steps of 2 to 4.5 part next places by 2, those two apart by 1.
     if config.place_gates:
