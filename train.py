@@ -334,9 +334,9 @@ def build_stage(stage: str, run: Run):
     posterior = OrderPosterior(replace(run.sizes, n_layer=config.n_layer_posterior), config.T)
     posterior = posterior.to(run.device)
     # [NEW] p's gates start as an arbitrary rule for q to lean to (README.md, "How an order fails"):
-    # by random weights, which spread logits by 5 to 8 between places, or, where hidden states do not
-    # tell places (GSM8K), by biases: -6 to 4, a random walk in a ring of length 10. Its steps of 2
-    # to 4.5 part next places by 2 at least, those two apart by 1.
+    # by random weights, which spread logits by 5 to 8 between places, or, where hidden states tell
+    # little of places (GSM8K), by biases: -6 to 4, a random walk in a ring of length 10. Its steps
+    # of 2 to 4.5 part next places by 2 at least, those two apart by 1.
     if config.place_gates:
         walk = (0.2 + 0.25 * torch.rand(config.answer_len)).cumsum(0)
         model.gate_head.bias.data.copy_(10 * (walk % 1) - 6)
