@@ -9,10 +9,9 @@ denoiser.pt or, fairer, control.pt: that trained on by stage 1's loss for as man
 The better of the two is its number: no rule loses as a denoiser was bent to the learned order.
 
 A *cap* is the most steps that one answer may take, a *budget* the most on average. An order whose
-knob is not given, or that finishes early, is tuned: for each checkpoint and budget, the knob and
-the cap (the budget, one more or twice as much) of highest score among those that stay within the
-budget on average, all on validation items. Any other has the budget for its cap. The score is
---metric:
+knob is not given is tuned: for each checkpoint and budget, the knob and the cap (the budget, one
+more or twice as much) of highest score among those that stay within the budget on average, all on
+validation items. Any other has the budget for its cap. The score is --metric:
 
 accuracy  cut at the first EOS or PAD, last `####`, the number right after it, as a decimal. An item
           that does not fit prompt or canvas counts as wrong
@@ -50,9 +49,8 @@ from data import (TOY_SIZES, UserError, build_tokenizer, decode, encode, final_n
 from model import load_checkpoint, pick_device, versions
 from sample import ORDERS, Order, generate, parse_order, parse_steps
 
-EVERY_ORDER = ("learned,learned+finish,left_to_right,dilated,confidence,margin,iid,"
-               "threshold,entropy_bound,confidence+eos_last,iid+eos_last,threshold+eos_last,"
-               "entropy_bound+eos_last,entropy_bound+finish")
+EVERY_ORDER = ("learned,left_to_right,dilated,confidence,margin,iid,threshold,entropy_bound,"
+               "confidence+eos_last,iid+eos_last,threshold+eos_last,entropy_bound+eos_last")
 
 
 # --- one answer -----------------------------------------------------------------------------------
@@ -203,7 +201,7 @@ def main(argv=None):
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
     parser.add_argument("--control", default="out/denoiser.pt", help="the rules' denoiser: fairer "
                         "is control.pt of train.py --stages control; empty: none")
-    parser.add_argument("--orders", default=EVERY_ORDER, help="NAME[:KNOB][+eos_last][+finish],..")
+    parser.add_argument("--orders", default=EVERY_ORDER, help="NAME[:KNOB][+eos_last],..")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="budgets, L: no cap")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="to report on")
     parser.add_argument("--limit", type=parse_steps, help="first N items of it; all by default")
@@ -258,9 +256,8 @@ def main(argv=None):
     for budget, order, name in tqdm(jobs, disable=None):
         def measure(order, cap, on=tuning):
             return evaluate(models[name], enc, on, order, cap, metric, args.batch_size)
-        sweep = [order.knob] if order.knob else ORDERS[order.name][2] or [()]
-        choice, cap = order, budget
-        if len(sweep) > 1 or order.finish:
+        sweep, choice, cap = ORDERS[order.name][2], order, budget
+        if sweep and not order.knob:
             choice, cap = tune(measure, order, sweep, budget, L)
         row = measure(choice, cap, on=items)
         rows.append({"asked": str(order), "budget": budget, "checkpoint": name, **row})

@@ -13,12 +13,11 @@ Generation starts from a canvas of MASKs. Each step is one forward pass for all 
 and the last allowed step reveals whatever is left. The order is the only thing that differs between
 the learned sampler and the rules it is compared with. An order is named
 
-    NAME[:KNOB][+eos_last][+finish]          learned:0.5, threshold:0.9+eos_last
+    NAME[:KNOB][+eos_last]          learned:0.5, threshold:0.9+eos_last
 
 KNOB       what an order is tuned by (ORDERS below: defaults, and what eval_gsm8k.py tries)
 +eos_last  positions whose likeliest token is EOS or PAD wait until nothing else is left: confidence
            likes the end of the canvas, and would spend its first steps on it
-+finish    [NEW] everything is revealed as soon as all that would be left is certain, c^i >= 0.99
 
 p^i is the token head's distribution at position i, c^i its largest probability, H^i its entropy in
 nats, alpha^i the gate head's probability. Ties go to the leftmost. Each row has its own noise, from
@@ -178,11 +177,10 @@ class Order:
     name: str
     knob: tuple = ()  # as written; empty: the rule's default
     eos_last: bool = False
-    finish: bool = False
 
     def __str__(self):
         knobs = "".join(f":{k:g}" for k in self.knob)
-        return self.name + knobs + "+eos_last" * self.eos_last + "+finish" * self.finish
+        return self.name + knobs + "+eos_last" * self.eos_last
 
     def __call__(self, state: State):
         """(B, L) bool: what to reveal now, some of the masked positions of each row."""
@@ -190,18 +188,14 @@ class Order:
         if self.eos_last:  # EOS is token V-2, PAD V-1
             content = masked & (state.log_p.argmax(-1) < state.log_p.shape[-1] - 2)
             masked = torch.where(content.any(-1, keepdim=True), content, masked)
-        reveal = rule(replace(state, masked=masked, knob=self.knob or default))
-        if self.finish:
-            settled = reveal | ~state.masked | (confidence_of(state).exp() >= 0.99)
-            reveal = reveal | (state.masked & settled.all(-1, keepdim=True))
-        return reveal
+        return rule(replace(state, masked=masked, knob=self.knob or default))
 
 
 def parse_order(text: str) -> Order:
-    match = re.fullmatch(r"\s*(\w+)((?::[\d.e-]+)?)(\+eos_last)?(\+finish)?\s*", text)
+    match = re.fullmatch(r"\s*(\w+)((?::[\d.e-]+)?)(\+eos_last)?\s*", text)
     if not match or match[1] not in ORDERS:
         raise UserError(f"cannot read order {text!r}: want one of {', '.join(ORDERS)}, "
-                        "like threshold:0.9+eos_last or learned:0.5+finish")
+                        "like learned:0.5 or threshold:0.9+eos_last")
     _, default, sweep = ORDERS[match[1]]
     try:
         knob = tuple(float(k) for k in match[2].split(":")[1:])
@@ -209,7 +203,7 @@ def parse_order(text: str) -> Order:
         raise UserError(f"the knob of order {text!r} is not a number") from None
     if knob and not ((default or sweep) and 0 <= knob[0] <= 100):
         raise UserError(f"order {text!r} has no knob, or not one of 0 to 100")
-    return Order(match[1], knob, bool(match[3]), bool(match[4]))
+    return Order(match[1], knob, bool(match[3]))
 
 
 # --- generation -----------------------------------------------------------------------------------

@@ -240,8 +240,6 @@ MUTATIONS = {
                          rule("confidence", "+eos_last")),
     "eos_last lets PAD through": ("sample.py", "< state.log_p.shape[-1] - 2)",
                                   "!= state.log_p.shape[-1] - 2)", rule("confidence", "+eos_last")),
-    "finish too early": ("sample.py", "settled.all(-1, keepdim=True)",
-                         "settled.any(-1, keepdim=True)", rule("confidence", "+finish")),
     "draw in float32": ("sample.py", "log_p.to(precise(log_p.device)).exp()",
                         "log_p.float().exp()", RARE),
     "one noise for gates and tokens": ("sample.py", "u[:, T + 1, :L])", "u[:, t - 1, :L])",

@@ -27,7 +27,7 @@ KNOBS = {"learned": [(), (0.3,), (0.6,)],
 # Orders as a user names them, adaptive ones at knobs that reveal sometimes one, sometimes several.
 RULES = [*(name + {"entropy_bound": ":0.5", "threshold": ":0.5"}.get(name, "") for name in ORDERS),
          "learned:0.5"]
-FLAGS = ["", "+eos_last", "+finish", "+eos_last+finish"]
+FLAGS = ["", "+eos_last"]
 EVERY_ORDER = [rule + flags for rule in RULES for flags in FLAGS]
 DRAWN = ("learned", "iid")  # without a knob
 DRAWS_NOTHING = [order for order in EVERY_ORDER if order.split("+")[0] not in DRAWN]
@@ -138,27 +138,21 @@ DEFINITIONS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_reveals_what_its_definition_says(name, flags):
     """Random batches of small canvases. +eos_last: while a masked position's likeliest token is
-    neither EOS nor PAD, only such are to choose from. +finish: if all that would be left masked is
-    certain, all of it comes too."""
-    sizes, waited, finished = set(), 0, 0
+    neither EOS nor PAD, only such are to choose from."""
+    sizes, waited = set(), 0
     for seed in range(150):
         rows = random_rows(seed)
         for knob in KNOBS.get(name, [()]):
-            order = Order(name, knob, "+eos_last" in flags, "+finish" in flags)
+            order = Order(name, knob, bool(flags))
             for row, found in zip(rows, revealed(order, rows)):
                 masked = [i for i in range(len(row.p)) if row.masked[i]]
                 content = [i for i in masked if row.p[i].index(max(row.p[i])) < EOS]
                 may = content if order.eos_last and content else masked
                 right = sorted(DEFINITIONS[name](row, may, knob))
-                left = [i for i in masked if i not in right]
-                if order.finish and all(max(row.p[i]) >= 0.99 for i in left):
-                    right, finished = masked, finished + bool(left)
                 assert found == right
                 sizes.add(len(found))
                 waited += may != masked
-    assert len(sizes) > 1 and bool(waited) == ("+eos_last" in flags)
-    leaves_nothing_certain = name == "threshold" and "+eos_last" not in flags
-    assert bool(finished) == ("+finish" in flags and not leaves_nothing_certain)
+    assert len(sizes) > 1 and bool(waited) == bool(flags)
 
 
 @pytest.mark.parametrize("order, n", [
@@ -191,13 +185,13 @@ def test_names_survive_being_printed(name):
     for knob in {(), default, *sweep}:
         for flags in FLAGS:
             text = ":".join([name, *map(str, knob)]) + flags
-            order = Order(name, knob, "eos" in flags, "finish" in flags)
+            order = Order(name, knob, bool(flags))
             assert parse_order(f" {text} ") == order == parse_order(str(order))
 
 
 @pytest.mark.parametrize("text", [
     "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:3", "learned:.5:.5:.5",
-    "learned:0.5:", "iid+finish+eos_last", "threshold:high", "threshold:1.2.3", "threshold:-",
+    "learned:0.5:", "iid+finish", "threshold:high", "threshold:1.2.3", "threshold:-",
     "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8",
     "dilated:600", "threshold:-1"])
 def test_a_name_that_cannot_be_read_is_one_line(text):
@@ -310,7 +304,7 @@ def test_forced_log_p_is_the_likelihood_of_the_sampler(order, monkeypatch):
         assert torch.equal(likeliest.reveal_step[0], out.reveal_step[i])
 
 
-@pytest.mark.parametrize("order", ["threshold:0.5+eos_last+finish", "confidence+eos_last"])
+@pytest.mark.parametrize("order", ["threshold:0.5+eos_last", "confidence+eos_last"])
 def test_drawn_answers_follow_the_likelihoods(order, monkeypatch):
     """The order is a function of the answer: it looks at the likeliest token, not at the drawn."""
     monkeypatch.setattr(tables, "V", 4)
