@@ -110,7 +110,7 @@ class Trunk(nn.Module):
         self.config = config
         S = config.prompt_len + config.answer_len
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # + MASK
-        # DEVIATION: rotary embedding tells how far apart two tokens are; a learned one tells each
+        # [NEW] rotary embedding tells how far apart two tokens are; a learned one tells each
         # its place, because what belongs at place 20 often depends on the prompt at a fixed place.
         self.place = nn.Embedding(S, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -125,7 +125,7 @@ class Trunk(nn.Module):
         place = slice(start, start + tokens.shape[1])
         return self.embed(tokens) + self.place.weight[place], self.cos[place], self.sin[place]
 
-    # DEVIATION: the prompt does not see the answer.
+    # [NEW] the prompt does not see the answer.
     def read(self, prompt):
         """The cache of prompts (B, P): each block's keys and values, and where it is not padding. A
         pair of tensors whose rows are the prompts. `trim` saves time."""
@@ -175,7 +175,7 @@ class MDM(nn.Module):
     def gate_logits(self, h):
         """logit of alpha, float32: (..., L, D) -> (..., L)."""
         logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
-        return 15 * torch.tanh(logits / 15)  # DEVIATION: soft-capped, so every log stays finite
+        return 15 * torch.tanh(logits / 15)  # [NEW] soft-capped, so every log stays finite
 
 
 def log_p_of(model: MDM, h, x0, masked):

@@ -30,7 +30,7 @@ propose such orders itself. The argument for each equation: README.md, "The deri
                      A_t^k = (L_t - b_t)^k - mean_{k' != k} (L_t - b_t)^k'
   Eq. 8  critic      b_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
 
-In S, grad moves log q(r) and the q_u^i of its last sum; Eq. 8's fit, w alone. Our numbering.
+In S, A and w are constants to grad; Eq. 8 fits w alone. [NEW]: ours, as is the numbering.
 """
 
 import torch
@@ -78,7 +78,7 @@ def log_gate_probs(s, masked, left, tau: float):
     log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
     log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)  # e + (1 - e) f, except at e = 1
-    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)         # no rounding above 1
+    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)         # at e = 1 too: q = 1
 
 
 def log_complement(log_q):
@@ -147,7 +147,7 @@ def leave_one_out(value):
 
 def draw_orders_and_steps(s, K: int, T: int, tau: float, generator=None):
     """What objective needs a draw of: reveal_step (B, K, L), and a later step t (B,) in 2..T.
-    DEVIATION: stratified. T-1 examples in a row see each step once; of each alone t is uniform."""
+    [NEW] stratified. T-1 examples in a row see each step once; of each alone t is uniform."""
     reveal_step = sample_orders(s, K, T, tau, generator)
     later = max(T - 1, 1)
     first = torch.randint(later, (1,), device=s.device, generator=generator)
@@ -156,9 +156,9 @@ def draw_orders_and_steps(s, K: int, T: int, tau: float, generator=None):
 
 
 def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
-    """Eq. 4 estimated at step 1 and at step t of each of K orders, with the gradient of Eq. 7; less
-    the critic's squared error, which moves w alone. s (B, L) scores, w (B, L, T, T), prompt (B, P),
-    x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
+    """Eq. 4 at step 1 and at step t of each of K orders, with the gradient of Eq. 7 (q's KL times
+    kl_weight); less the critic's squared error, which moves w alone. s (B, L) scores, w
+    (B, L, T, T), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
 
     Returns what to maximise and detached logs, each (B,): `elbo`, `recon`, `kl` in nats per answer,
     `q_entropy` of the gates in nats per step; in nats^2 `spread`, the mean square of L_t's
@@ -180,7 +180,7 @@ def objective(model: MDM, s, w, prompt, x0, reveal_step, t, T: int, tau: float, 
     recon, kl = step_terms(log_p_of(model, h, x0, masked), gates, log_q, masked, left == 1)
     step_elbo = recon - kl_weight * kl            # Eq. 5, the KL weighted: L_1, L_t^1 .. L_t^K
 
-    # Eq. 7. The surrogate's value means nothing; its gradient is the score term. The advantage is
+    # Eq. 7. The surrogate's value means nothing; its gradient is REINFORCE's. The advantage is
     # a constant in it: what L_t itself adds to the gradient already stands in step_elbo.
     value = step_elbo[:, 1:].detach()                                                    # (B, K)
     log_q_path, b, worth = path_before(s, w, reveal_step, t, T, tau)

@@ -44,10 +44,10 @@ class State:
     """What an order may look at before step t of T. B rows, L positions, V tokens."""
     log_p: torch.Tensor        # (B, L, V) of the token head, float32
     gate_logits: torch.Tensor  # (B, L) logits of alpha
-    masked: torch.Tensor       # (B, L) True where the order may reveal: at least once a row
+    masked: torch.Tensor       # (B, L) True where the order may reveal: some in each row
     t: int
     T: int
-    u: torch.Tensor            # (B, L + 1) uniform noise, fresh every step
+    u: torch.Tensor            # (B, L + 1) uniform noise, fresh every step; no step u
     u_row: torch.Tensor        # (B, L) uniform noise that stays the same at every step
     knob: tuple = ()
 
