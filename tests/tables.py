@@ -24,9 +24,8 @@ class TableModel(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(answer_len=L, vocab_size=V, mask=V, pad=-1, eos=V)
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(
-            torch.randn((V + 1) ** L, L, V + 1, generator=generator, dtype=torch.float64)
-        )
+        self.table = nn.Parameter(torch.randn((V + 1) ** L, L, V + 1, generator=generator,
+                                              dtype=torch.float64))
 
     def row(self, z):
         return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)  # the state read as a number
@@ -91,16 +90,13 @@ def log_p_tokens(model, x0, order, t):
 
 def log_p_joint(model, x0, order, T):
     """log p(x0, order)."""
-    return sum(
-        log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t)
-        for t in range(1, max(order) + 1)
-    )
+    return sum(log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t)
+               for t in range(1, max(order) + 1))
 
 
 def log_p_marginal(model, x0, T):
-    return torch.logsumexp(
-        torch.stack([log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]), 0
-    )
+    return torch.logsumexp(torch.stack([log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]),
+                           0)
 
 
 # --- the posterior, Eq. 3 -------------------------------------------------------------------------
@@ -123,10 +119,8 @@ def q_step(s, order, t, T, tau=TAU):
 
 def q_of(s, order, T, until=None):
     """q(order), or q(r_1 .. r_{until-1})."""
-    return math.prod(
-        (q_step(s, order, t, T) for t in range(1, until or max(order) + 1)),
-        start=torch.ones((), dtype=s.dtype),
-    )
+    return math.prod((q_step(s, order, t, T) for t in range(1, until or max(order) + 1)),
+                     start=torch.ones((), dtype=s.dtype))
 
 
 def possible_orders(s, T):
@@ -150,7 +144,5 @@ def plain_step(model, s, x0, order, t, T):
 
 def exact_elbo(model, s, x0, T):
     """sum over orders of q(order) (log p(x0, order) - log q(order))."""
-    return sum(
-        q_of(s, o, T) * (log_p_joint(model, x0, o, T) - q_of(s, o, T).log())
-        for o in possible_orders(s, T)
-    )
+    return sum(q_of(s, o, T) * (log_p_joint(model, x0, o, T) - q_of(s, o, T).log())
+               for o in possible_orders(s, T))

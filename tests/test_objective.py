@@ -62,9 +62,8 @@ def later_steps(T):
 @pytest.mark.parametrize("L, T", SIZES)
 def test_p_sums_to_one_over_answers_and_orders(L, T):
     model = TableModel(L)
-    assert close(
-        sum(log_p_joint(model, x0, o, T).exp() for x0 in answers(L) for o in orders(L, T)), 1
-    )
+    assert close(sum(log_p_joint(model, x0, o, T).exp() for x0 in answers(L) for o in orders(L, T)),
+                 1)
 
 
 def test_log_p_of_is_the_log_probability_of_x0_where_masked():
@@ -85,14 +84,11 @@ def test_gates_are_a_law_on_nonempty_sets(values):
     for bits in itertools.product([False, True], repeat=3):
         if left := [i for i in range(3) if bits[i]]:
             log_q = posterior.log_gate_probs(s, torch.tensor(bits), 2, TAU)
-            q, not_q = log_q.exp(), torch.where(
-                log_q == 0, 0.0, posterior.log_complement(log_q).exp()
-            )
+            q, not_q = log_q.exp(), torch.where(log_q == 0, 0.0,
+                                                posterior.log_complement(log_q).exp())
             order = [1 if bit else 0 for bit in bits]  # revealed before step 1, or masked at step 1
-            assert all(
-                close(q[i], expected) and close(not_q[i], 1 - expected)
-                for i, expected in q_gates(s, order, 1, 2).items()
-            )
+            assert all(close(q[i], expected) and close(not_q[i], 1 - expected)
+                       for i, expected in q_gates(s, order, 1, 2).items())
             law = {r: torch.stack([q[i] if opens else not_q[i] for i, opens in zip(left, r)]).prod()
                    for r in itertools.product([False, True], repeat=len(left))}
             assert close(sum(law.values()), 1) and law[(False,) * len(left)] == 0
@@ -125,14 +121,8 @@ def test_orders_are_drawn_from_q(L, T):
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(
-    s=st.lists(
-        st.one_of(st.integers(-2, 2), st.floats(-1e4, 1e4, width=32)), min_size=1, max_size=8
-    ),
-    T=st.integers(1, 9),
-    tau=st.sampled_from([1e-3, 0.1, 1.0, 1e3]),
-    seed=st.integers(0, 99),
-)
+@given(s=st.lists(st.integers(-2, 2) | st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8),
+       T=st.integers(1, 9), tau=st.sampled_from([1e-3, 0.1, 1.0, 1e3]), seed=st.integers(0, 99))
 def test_any_scores_give_orders_with_a_finite_log_q(s, T, tau, seed):
     """Ties and extremes included: no empty step, log q <= 0, finite gradients. In float32, as in
     training."""
@@ -173,11 +163,8 @@ def test_small_tau_follows_the_scores_and_large_tau_reveals_all_at_once():
 
 def elbo(model, s, x0, T):
     """Eq. 4: E_q sum_t L_t(z_t), by posterior.py."""
-    return sum(
-        q * step_term(model, s, x0, o, t, T)
-        for o, q in possible_orders(s, T).items()
-        for t in range(1, T + 1)
-    )
+    return sum(q * step_term(model, s, x0, o, t, T) for o, q in possible_orders(s, T).items()
+               for t in range(1, T + 1))
 
 
 @pytest.mark.parametrize("L, T", SIZES)
@@ -186,10 +173,8 @@ def test_the_gap_of_the_bound_is_the_kl_to_the_true_posterior(L, T):
     model, s = TableModel(L), scores(L)
     for x0 in answers(L):
         log_p = log_p_marginal(model, x0, T)
-        kl = sum(
-            q * (q_of(s, o, T).log() - (log_p_joint(model, x0, o, T) - log_p))
-            for o, q in possible_orders(s, T).items()
-        )
+        kl = sum(q * (q_of(s, o, T).log() - (log_p_joint(model, x0, o, T) - log_p))
+                 for o, q in possible_orders(s, T).items())
         assert close(log_p - elbo(model, s, x0, T), kl) and kl >= -1e-12
         assert T == 1 or kl > 1e-3  # a random posterior is not the true one
 
@@ -203,9 +188,8 @@ def test_the_bound_is_tight_at_the_true_posterior(L, T):
         log_p = log_p_marginal(model, x0, T)
         table = {o: (log_p_joint(model, x0, o, T) - log_p).exp() for o in orders(L, T)}
         assert close(sum(table.values()), 1)
-        assert close(
-            sum(q * (log_p_joint(model, x0, o, T) - q.log()) for o, q in table.items()), log_p
-        )
+        assert close(sum(q * (log_p_joint(model, x0, o, T) - q.log()) for o, q in table.items()),
+                     log_p)
 
 
 def model_that_follows(s, x0, T):
@@ -256,11 +240,8 @@ def test_step_kl_is_the_kl_between_the_two_laws_of_the_gates(L, T):
                 for b in orders(L, T)
                 if all(min(x, t) == min(y, t) for x, y in zip(o, b))
             }
-            kl = sum(
-                q * (q.log() - log_p_gates(model, x0, b, t, T))
-                for b in following.values()
-                if (q := q_step(s, b, t, T)) > 0
-            )
+            kl = sum(q * (q.log() - log_p_gates(model, x0, b, t, T)) for b in following.values()
+                     if (q := q_step(s, b, t, T)) > 0)
             logs = step_logs(model, s, x0, o, t, T)
             assert close(logs["kl"], kl) and kl >= -1e-12
 
@@ -277,22 +258,17 @@ def test_rao_blackwellisation_lowers_the_variance_of_each_step(L, T):
         mean = sum(w * v for w, v in values)
         return sum(w * (v - mean) ** 2 for w, v in values).item()
 
-    blackwell = {
-        t: [(q, step_term(model, s, x0, o, t, T)) for o, q in law.items()] for t in range(1, T + 1)
-    }
-    plain = {
-        t: [(q, plain_step(model, s, x0, o, t, T).detach()) for o, q in law.items()]
-        for t in range(1, T + 1)
-    }
+    blackwell = {t: [(q, step_term(model, s, x0, o, t, T)) for o, q in law.items()]
+                 for t in range(1, T + 1)}
+    plain = {t: [(q, plain_step(model, s, x0, o, t, T).detach()) for o, q in law.items()]
+             for t in range(1, T + 1)}
     for t in range(1, T + 1):
         assert close(sum(w * v for w, v in blackwell[t]), sum(w * v for w, v in plain[t]))
         assert (
             variance(blackwell[t]) < variance(plain[t]) - 1e-3 or t == T
         )  # no gates are left to average at T
-    both = [
-        variance([(w / T, T * v) for values in terms.values() for w, v in values])
-        for terms in (blackwell, plain)
-    ]
+    both = [variance([(w / T, T * v) for values in terms.values() for w, v in values])
+            for terms in (blackwell, plain)]
     assert both[0] < both[1] - 1e-3 or T == 1
 
 
@@ -339,9 +315,8 @@ def test_far_scores_reveal_one_position_at_a_time():
     log_p, alpha = terms_by_hand(model, x0, [V, V, V])
     logs = step_logs(model, s, x0, order, 1, T=3)
     assert close(logs["recon"], log_p[1])
-    assert close(
-        logs["kl"], -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log()
-    )
+    assert close(logs["kl"],
+                 -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log())
 
 
 def test_the_last_position_opens_for_certain_and_costs_no_kl():
@@ -363,9 +338,8 @@ def trajectory(model, s, x0, chosen, _, T):
         masked, opens, last = reveal_step >= t, reveal_step == t, torch.tensor([t == T])
         h = model(None, x0_k.masked_fill(masked, V))
         log_q = posterior.log_gate_probs(s.expand(masked.shape), masked, T - t + 1, TAU)
-        recon, kl = posterior.step_terms(
-            log_p_of(model, h, x0_k, masked), model.gate_logits(h), log_q, masked, last
-        )
+        recon, kl = posterior.step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h),
+                                         log_q, masked, last)
         terms.append(recon - kl)  # L_t (K,)
         log_q_step.append(
             torch.where(opens, log_q, posterior.log_complement(log_q)).sum(-1)
@@ -384,12 +358,9 @@ def gradient_moments(estimator, model, s, x0, T, K, steps):
     for chosen in itertools.product(law, repeat=K):
         weight = torch.tensor([law[o] for o in chosen], dtype=torch.float64).prod() / len(steps)
         for t in steps:
-            gradient = torch.autograd.grad(
-                estimator(model, s, x0, chosen, t, T)[0],
-                (model.table, s),
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            gradient = torch.autograd.grad(estimator(model, s, x0, chosen, t, T)[0],
+                                           (model.table, s), allow_unused=True,
+                                           materialize_grads=True)
             for i, g in enumerate(gradient):
                 first[i], second[i] = first[i] + weight * g, second[i] + weight * g ** 2
     return first, [b - a ** 2 for a, b in zip(first, second)]
@@ -397,9 +368,8 @@ def gradient_moments(estimator, model, s, x0, T, K, steps):
 
 def assert_gradient_is_exact(estimator, L, T, K, steps):
     model, s, x0 = TableModel(L), scores(L), X0[L]
-    exact = torch.autograd.grad(
-        exact_elbo(model, s, x0, T), (model.table, s), allow_unused=True, materialize_grads=True
-    )
+    exact = torch.autograd.grad(exact_elbo(model, s, x0, T), (model.table, s), allow_unused=True,
+                                materialize_grads=True)
     mean, _ = gradient_moments(estimator, model, s, x0, T, K, steps)
     for a, b in zip(mean, exact):
         assert (a - b).abs().max() < 1e-10
@@ -422,9 +392,8 @@ def test_trajectory_gradient_is_exact_in_expectation(L, T, K):
 
 def test_leave_one_out_is_value_minus_mean_of_the_others():
     value = torch.randn(5, 4, dtype=torch.float64)
-    expected = torch.stack(
-        [value[:, k] - value[:, [j for j in range(4) if j != k]].mean(1) for k in range(4)], 1
-    )
+    expected = torch.stack([value[:, k] - value[:, [j for j in range(4) if j != k]].mean(1)
+                            for k in range(4)], 1)
     assert torch.allclose(posterior.leave_one_out(value), expected, atol=1e-12)
 
 
@@ -486,16 +455,9 @@ def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
     share = {X0[L]: 251 / 501, other: 250 / 501}
     for _ in range(100):
         drawn = posterior.draw_orders_and_steps(s.expand(B, -1), 4, T, TAU, generator)
-        value, logs = posterior.objective(
-            model,
-            s.expand(B, -1),
-            critic(L, T).expand(B, -1, -1, -1),
-            NO_PROMPT.expand(B, 0),
-            x0,
-            *drawn,
-            T,
-            TAU,
-        )
+        value, logs = posterior.objective(model, s.expand(B, -1),
+                                          critic(L, T).expand(B, -1, -1, -1),
+                                          NO_PROMPT.expand(B, 0), x0, *drawn, T, TAU)
         gradient = torch.autograd.grad(value.mean(), (model.table, s))
         batches.append(torch.cat([logs["elbo"].mean()[None], *(g.flatten() for g in gradient)]))
     batches = torch.stack(batches)
@@ -510,9 +472,8 @@ def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
 @pytest.mark.parametrize("T", [1, 2, 3, 5])
 def test_each_later_step_is_drawn_equally_often_by_every_row(T):
     s, generator = torch.zeros(4, 2), torch.Generator().manual_seed(0)
-    t = torch.stack(
-        [posterior.draw_orders_and_steps(s, 2, T, 1.0, generator)[1] for _ in range(4000)]
-    )
+    t = torch.stack([posterior.draw_orders_and_steps(s, 2, T, 1.0, generator)[1]
+                     for _ in range(4000)])
     later = max(T - 1, 1)
     counts = torch.stack([(t == min(step, T)).sum(0) for step in range(2, 2 + later)]) / 4000
     assert (counts.sum(0) - 1).abs().max() < 1e-5 and (counts - 1 / later).abs().max() < 0.04
@@ -525,12 +486,10 @@ def test_the_logs_are_those_of_the_orders():
     first, second, *_ = sorted(possible_orders(s, T), key=max)
     first, second = first, next(o for o in possible_orders(s, T) if max(o) == 3)
     def entropy(order, t):
-        gates = (
-            torch.stack([*q_gates(s, order, t, T).values()]) if max(order) >= t else torch.ones(1)
-        )
-        return -(
-            torch.special.xlogy(gates, gates) + torch.special.xlogy(1 - gates, 1 - gates)
-        ).sum()
+        gates = (torch.stack([*q_gates(s, order, t, T).values()]) if max(order) >= t
+                 else torch.ones(1))
+        xlogy = torch.special.xlogy
+        return -(xlogy(gates, gates) + xlogy(1 - gates, 1 - gates)).sum()
     logs = two_steps(model, s, x0, [first, second], 2, T)[1]
     later = sum(entropy(o, 2) for o in (first, second)) / 2
     assert close(logs["q_entropy"], (entropy(first, 1) + (T - 1) * later) / T)
@@ -595,25 +554,12 @@ def test_gradients_stay_finite(values):
     model = TableModel().float()
     s = torch.tensor(values, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
-    reveal_step = torch.cat(
-        [
-            posterior.sample_orders(s[None], 4, 3, 0.1, generator),
-            torch.ones(1, 1, 3, dtype=torch.long),
-        ],
-        1,
-    )
+    reveal_step = torch.cat([posterior.sample_orders(s[None], 4, 3, 0.1, generator),
+                             torch.ones(1, 1, 3, dtype=torch.long)], 1)
     for t in (2, 3):
-        value, _ = posterior.objective(
-            model,
-            s[None],
-            torch.ones(1, 3, 3, 3),
-            NO_PROMPT,
-            torch.tensor([X0[3]]),
-            reveal_step,
-            torch.tensor([t]),
-            3,
-            0.1,
-        )
+        value, _ = posterior.objective(model, s[None], torch.ones(1, 3, 3, 3), NO_PROMPT,
+                                       torch.tensor([X0[3]]), reveal_step, torch.tensor([t]), 3,
+                                       0.1)
         theta, phi = torch.autograd.grad(value.sum(), (model.table, s))
         assert value.isfinite() and theta.isfinite().all() and phi.isfinite().all()
 
@@ -670,22 +616,10 @@ def test_the_real_networks_bound_what_they_can_write(T):
         log_p.append(joint)
         if o in law:
             exact += law[o] * (joint - q_of(s, o, T).log())
-    bound = sum(
-        law[o]
-        * posterior.objective(
-            model,
-            s[None],
-            w.double(),
-            prompt,
-            torch.tensor([x0]),
-            torch.tensor([[o, o]]),
-            torch.tensor([t]),
-            T,
-            TAU,
-        )[1]["elbo"]
-        for o in law
-        for t in later_steps(T)
-    ) / len(later_steps(T))
+    bound = sum(law[o] * posterior.objective(model, s[None], w.double(), prompt, torch.tensor([x0]),
+                                             torch.tensor([[o, o]]), torch.tensor([t]), T,
+                                             TAU)[1]["elbo"] for o in law
+                for t in later_steps(T)) / len(later_steps(T))
     assert close(bound, exact.detach(), 1e-5) and bound < torch.logsumexp(torch.stack(log_p), 0)
 
 

@@ -51,11 +51,10 @@ def random_rows(seed):
         some = rng.sample(menu, 3)
         masked = [rng.random() < 0.7 for _ in range(L)]
         masked[rng.randrange(L)] = True
-        return SimpleNamespace(
-            p=[rng.choice(some) for _ in range(L)], masked=masked, t=t, T=T,
-            alpha=rng.choices([0.05, 0.25, 0.5, 0.75, 0.95], k=L),
-            u=[rng.random() for _ in range(L + 1)],
-            u_row=[rng.choice([rng.random(), 0.5]) for _ in range(L)])
+        return SimpleNamespace(p=[rng.choice(some) for _ in range(L)], masked=masked, t=t, T=T,
+                               alpha=rng.choices([0.05, 0.25, 0.5, 0.75, 0.95], k=L),
+                               u=[rng.random() for _ in range(L + 1)],
+                               u_row=[rng.choice([rng.random(), 0.5]) for _ in range(L)])
 
     return [row() for _ in range(rng.randint(1, 4))]
 
