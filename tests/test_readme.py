@@ -111,7 +111,8 @@ def test_the_seeds_are_those_of_the_json():
 def test_the_rows_of_gsm8k_are_those_of_the_json():
     """Accuracy with its interval and log p with its standard error, of the rows of README.md."""
     cells = set()
-    for row in json.loads((ROOT / "assets/gsm8k/steps4.json").read_text())["rows"]:
+    for row in [row for name in ("steps4", "control")
+                for row in json.loads((ROOT / f"assets/gsm8k/{name}.json").read_text())["rows"]]:
         low, high = (100 * bound for bound in eval_gsm8k.wilson(row["accuracy"], row["n"]))
         error = (row["ci95"][1] - row["ci95"][0]) / 2 / 1.96
         cells.add(f"{100 * row['accuracy']:.1f} ({low:.1f} - {high:.1f}) | "
