@@ -21,6 +21,7 @@ import train
 ROOT = Path(__file__).parent.parent
 README, RESULTS, EXPERIMENTS = ((ROOT / name).read_text() for name in (
     "README.md", "assets/results.md", "assets/experiments.md"))
+TOY, TOY2 = RESULTS.split("\n## toy2")
 SCRIPTS = {"train.py": train, "sample.py": sample, "eval_gsm8k.py": eval_gsm8k,
            "tools.bench": tools.bench, "tools.pack": tools.pack, "tools.plot": tools.plot,
            "tools.seeds": tools.seeds}
@@ -84,10 +85,11 @@ def cell(values):
     return f"{median(values):.1f} ({min(values):.1f} - {max(values):.1f})"
 
 
-@pytest.mark.parametrize("text", [README, RESULTS])
-def test_the_toys_tables_are_those_of_the_json(text):
+@pytest.mark.parametrize("text, name", [
+    (README, "toy"), (TOY, "toy"), (TOY2.split("\n## ")[0], "toy2")])
+def test_the_toys_tables_are_those_of_the_json(text, name):
     """Coherent, accurate and mean steps of each order within each number of steps, over seeds."""
-    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
+    runs = json.loads((ROOT / f"assets/{name}_seeds.json").read_text())["rows"]
     lines = re.findall(r"^\| \**([\w:.+]+)\**[^|]*\| (\d+) \| (.*) \| (.*) \| (.*) \|$",
                        text.split("\n## GSM8K")[0], re.M)
     assert len(lines) >= 8
