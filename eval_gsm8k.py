@@ -8,8 +8,8 @@ The learned order runs on the order-trained checkpoint, each rule on it and on -
 denoiser.pt or, fairer, control.pt: that trained on by stage 1's loss for as many network states.
 The better of the two is its number: no rule loses as a denoiser was bent to the learned order.
 
-A *cap* is the most steps that one answer may take, a *budget* the most on average. An order whose
-knob is not given is tuned: for each checkpoint and budget, the knob and the cap (the budget, one
+A *cap* is the most steps that one answer may take, a *budget* the most on average. A knob that
+is not given is tuned: for each checkpoint and budget, the knob and the cap (the budget, one
 more or twice as much) of highest score among those that stay within the budget on average, all on
 validation items. Any other has the budget for its cap. The score is --metric:
 

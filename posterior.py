@@ -78,7 +78,7 @@ def log_gate_probs(s, masked, left, tau: float):
     log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
     log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)  # e + (1 - e) f, except at e = 1
-    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)         # at e = 1 too: q = 1
+    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)  # q <= 1, whatever rounds; e = 1
 
 
 def log_complement(log_q):

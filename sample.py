@@ -17,7 +17,7 @@ the learned sampler and the rules it is compared with. An order is named
 
 KNOB       what an order is tuned by (ORDERS below: defaults, and what eval_gsm8k.py tries)
 +eos_last  positions whose likeliest token is EOS or PAD wait until nothing else is left: confidence
-           likes the end of the canvas, and would spend its first steps on it
+           likes the end of the canvas, and may spend early steps on it
 
 p^i is the token head's distribution at position i, c^i its largest probability, H^i its entropy in
 nats, alpha^i the gate head's probability. Ties go to the leftmost. Each row has its own noise, from
@@ -47,7 +47,7 @@ class State:
     masked: torch.Tensor       # (B, L) True where the order may reveal: some in each row
     t: int
     T: int
-    u: torch.Tensor            # (B, L + 1) uniform noise, fresh every step; no step u
+    u: torch.Tensor            # (B, L + 1) uniform noise, fresh every step
     u_row: torch.Tensor        # (B, L) uniform noise that stays the same at every step
     knob: tuple = ()
 

@@ -191,7 +191,7 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(module, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest. [NEW] the paper's unknown."""
+    """Muon for the matrices of the blocks, AdamW for the rest. [NEW] theirs is unknown."""
     matrices, critic, others = [], [], []
     for name, p in module.named_parameters():
         matrix = ".blocks." in name and p.ndim == 2

@@ -190,7 +190,7 @@ def test_names_survive_being_printed(name):
 
 @pytest.mark.parametrize("text", [
     "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:3", "learned:.5:.5:.5",
-    "learned:0.5:", "iid+finish", "threshold:high", "threshold:1.2.3", "threshold:-",
+    "learned:0.5:", "threshold:high", "threshold:1.2.3", "threshold:-",
     "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8",
     "dilated:600", "threshold:-1"])
 def test_a_name_that_cannot_be_read_is_one_line(text):
