@@ -46,15 +46,13 @@ def test_there_are_commands_of_every_script():
 @pytest.mark.parametrize("command", commands())
 def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, capsys):
     """In a shortened form: flags of a tiny run follow those of the README and win."""
-    for name in ("out", "ex", "out_gsm8k"):
-        shutil.copytree(straight, tmp_path / name)
-    for seed in range(10):
-        shutil.copytree(straight, tmp_path / f"out_{seed}")
-    shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    monkeypatch.chdir(tmp_path)
     data = fast[fast.index("--data_dir") + 1]
     script, *flags = [data if word == "DIR" else word.replace("$s", "0").replace("*", "0")
                       for word in shlex.split(command)]
+    for name in {"out", *re.findall(r"\b(?:out2?_\w+|long_\d|ex)\b", " ".join(flags))}:
+        shutil.copytree(straight, tmp_path / name)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
     tiny = {"sample.py": ["--ckpt", "out/ckpt.pt", "--num_samples", "1"],
             "eval_gsm8k.py": ["--ckpt", "out/ckpt.pt", "--control", "out/denoiser.pt",
                               "--limit", "2", "--tune_items", "2", "--steps", "1,2",
