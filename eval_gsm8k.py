@@ -11,7 +11,7 @@ The better of the two is its number: no rule loses as a denoiser was bent to the
 A *cap* is the most steps that one answer may take, a *budget* the most on average. A knob that
 is not given is tuned: for each checkpoint and budget, the knob and the cap (the budget, one
 more or twice as much) of highest score among those that stay within the budget on average, all on
-validation items. Any other has the budget for its cap. The score is --metric:
+validation items. Other orders have the budget for their cap. The score is --metric:
 
 accuracy  cut at the first EOS or PAD, last `####`, the number right after it, as a decimal. An item
           that does not fit prompt or canvas counts as wrong

@@ -30,7 +30,7 @@ propose such orders itself. The argument for each equation: README.md, "The deri
                      A_t^k = (L_t - b_t)^k - mean_{k' != k} (L_t - b_t)^k'
   Eq. 8  critic      b_t = sum_{u<t} sum_{i in M_u} w_ut^i (r_u^i - q_u^i);  w makes |A_t| small
 
-In S, A and w are constants to grad; Eq. 8 fits w alone. [NEW]: ours, as is the numbering.
+In S, A and w are constants to grad; Eq. 8's fit moves w alone. [NEW]: ours, as is the numbering.
 """
 
 import torch
@@ -78,7 +78,7 @@ def log_gate_probs(s, masked, left, tau: float):
     log_e = ((s - ranked[..., :1]) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((s - fair) / tau).masked_fill(settled, 0.0))
     log_q = torch.logaddexp(log_e, log_complement(log_e) + log_f)  # e + (1 - e) f, except at e = 1
-    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)  # q <= 1, whatever rounds; e = 1
+    return log_q.clamp(max=0).masked_fill(log_e == 0, 0.0)  # no rounding above 1; e = 1: q = 1
 
 
 def log_complement(log_q):
