@@ -1,33 +1,35 @@
-"""Data: a toy task that needs no download, GSM8K, one tokenizer, and what counts as right.
+"""Data: a toy task that needs no download, GSM8K, pairs of your own, and one tokenizer for all.
 
-Everything speaks GSM8K's form, {"question": str, "answer": str}, where the answer carries
-calculator annotations `<<6+3=9>>` and ends in `#### n`. The model writes a *target* made from it,
-the annotations joined by spaces and then `#### n`:
+An item is a dict of three texts. The model reads the `question` and has to write the `target`,
+which is made from the data set's `answer`.
 
     question  Max has 8 eggs, buys 1, splits 3, sells 2. Ann has 4, times 2, buys 1. Together?
     target    <<1+8=9>> <<9/3=3>> <<3-2=1>> <<2*4=8>> <<8+1=9>> <<1+9=10>> #### 10
 
-The toy is built so that the order of generation matters:
-- each equation needs the result of the one before, and a shallow network cannot compute a long
-  chain in one pass, so results have to be revealed over several steps;
-- the two people do not depend on each other: both chains can be written at the same time, which
-  left to right cannot do;
-- + and * write their operands in either order with probability 1/2. Each operand alone is
-  uncertain, together they are tied: revealing both in the same step is wrong half of the time,
-  and a rule that looks at one position at a time cannot see it;
-- answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
-In toy2 each story is told forwards or backwards, a coin flip, and the equations follow the story:
-no fixed direction is right, what has to be written first depends on the question.
+    toy, toy2          made below, in GSM8K's form; the target is the whole answer
+    gsm8k, gsm8k-aug   an answer is prose with calculator annotations `<<6+3=9>>`, and ends in
+                       `#### n`; the target is the annotations and `#### n`, joined by spaces
+    pairs              files of your own; the target is the whole answer, whatever it says
 
-A sequence is `[question PAD .. PAD | answer EOS PAD .. PAD]`: P prompt tokens, L of the canvas. EOS
+The toy is built so that the order of generation matters:
+- Each equation needs the result of the one before. A shallow network cannot compute a long chain in
+  one pass, so results have to be revealed over several steps.
+- The two people do not depend on each other. Both chains can be written at the same time, which
+  left to right cannot do.
+- + and * write their operands in either order with probability 1/2. Each operand alone is
+  uncertain, together they are tied. Revealing both in the same step is wrong half of the time, and
+  a rule that looks at one position at a time cannot see it.
+- Answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
+In toy2 each story is told forwards or backwards, a coin flip, and the equations follow the story.
+No fixed direction is right: what has to be written first depends on the question.
+
+A sequence is `[question PAD .. PAD | target EOS PAD .. PAD]`: P prompt tokens, L of the canvas. EOS
 and PAD of the canvas are tokens that the model has to write; PAD of the prompt is never seen.
 """
 
 import json
-import os
 import random
 import re
-import sys
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -36,24 +38,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-
-class UserError(SystemExit):
-    """Something the user can mend: ends a script with this one line and status 1."""
-
-
-def run_script(main):
-    """main(), ended in one line by Ctrl-C, a full disk or a closed pipe; no text that the terminal
-    cannot encode makes it fail."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise UserError("stopped") from None
-    except OSError as e:  # its text names the file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what print has kept would fail once more
-        raise UserError(f"stopped: {e}; files that were written are whole") from None
+from common import UserError, path_of, say
 
 
 # --- the toy task ---------------------------------------------------------------------------------
@@ -65,140 +50,249 @@ TOY_SIZES = {"train": 50_000, "val": 1000, "test": 2000}
 
 
 def equation(rng: random.Random, a: int, op: str, b: int, result: int) -> str:
-    """`<<a op b=result>>`; the operands of + and * change places with probability 1/2."""
-    a, b = (b, a) if op in "+*" and rng.random() < 0.5 else (a, b)
+    """`<<a op b=result>>`. The operands of + and * change places with probability 1/2."""
+    if op in "+*" and rng.random() < 0.5:
+        return f"<<{b}{op}{a}={result}>>"
     return f"<<{a}{op}{b}={result}>>"
 
 
-def toy_person(rng: random.Random, either_way: bool) -> tuple[list[str], list[str], int]:
+def toy_person(rng: random.Random, things: str, either_way: bool) -> tuple[list, list, int]:
     """One person's 2-4 operations on a total that stays within 1..9: story, equations, total."""
     total = rng.randint(1, 9)
-    story, equations = [f"has {total}"], []
+    story = [f"has {total}{things}"]
+    equations = []
     for _ in range(rng.randint(2, 4)):
-        operands = {  # that keep the total whole and within 1..9
+        # Of each operation, the operands that keep the total whole and within 1..9.
+        operands = {
             "+": range(1, min(5, 9 - total) + 1),
             "-": range(1, min(5, total - 1) + 1),
             "*": range(2, min(3, 9 // total) + 1),
             "/": [b for b in (2, 3) if total % b == 0],
         }
-        op = rng.choice([op for op, choices in operands.items() if choices])
+        op = rng.choice([op for op in operands if operands[op]])
         b = rng.choice(operands[op])
         result = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
+
         story.append(f"{VERBS[op]} {b}")
         equations.append(equation(rng, total, op, b, result))
         total = result
+
+    # toy2: the equations follow the story, so the last one may come first.
     if either_way and rng.random() < 0.5:
-        story, equations = story[::-1], equations[::-1]
+        story.reverse()
+        equations.reverse()
     return story, equations, total
 
 
 def toy_example(rng: random.Random, either_way: bool = False) -> dict:
     """Two people's running totals, then their sum."""
-    names, thing = rng.sample(NAMES, 2), rng.choice(THINGS)
-    story, equations, total = toy_person(rng, either_way)
-    story2, equations2, total2 = toy_person(rng, either_way)
-    story = [f"{part} {thing}" if part.startswith("has") else part for part in story]
-    question = f"{names[0]} {', '.join(story)}. {names[1]} {', '.join(story2)}. Together?"
-    equations += equations2 + [equation(rng, total, "+", total2, total + total2)]
-    return {"question": question, "answer": " ".join(equations) + f" #### {total + total2}"}
+    name1, name2 = rng.sample(NAMES, 2)
+    thing = rng.choice(THINGS)
+    story1, equations1, total1 = toy_person(rng, f" {thing}", either_way)
+    story2, equations2, total2 = toy_person(rng, "", either_way)
+    both = total1 + total2
+    last = equation(rng, total1, "+", total2, both)
+
+    question = f"{name1} {', '.join(story1)}. {name2} {', '.join(story2)}. Together?"
+    answer = " ".join([*equations1, *equations2, last, f"#### {both}"])
+    return {"question": question, "answer": answer, "target": answer}
 
 
 def toy_split(split: str, n: int, seed: int = 0, either_way: bool = False) -> list[dict]:
     """n examples of "train", "val" or "test". A question belongs to one split for ever: its
     checksum decides, so no seed and no n lets a test question into train."""
-    rng, items = random.Random(f"toy-{split}-{seed}"), []
+    split_of_bucket = {0: "val", 1: "test"}  # 2..7: train
+    rng = random.Random(f"toy-{split}-{seed}")
+    items = []
     while len(items) < n:
         item = toy_example(rng, either_way)
         bucket = zlib.crc32(item["question"].encode()) % 8
-        if {0: "val", 1: "test"}.get(bucket, "train") == split:
+        if split_of_bucket.get(bucket, "train") == split:
             items.append(item)
     return items
 
 
-# --- GSM8K ----------------------------------------------------------------------------------------
+# --- items of GSM8K and of pairs ------------------------------------------------------------------
 
-HUB = {"gsm8k": ("openai/gsm8k", "main"), "gsm8k-aug": ("whynlp/gsm8k-aug",)}
-DATASETS = ("toy", "toy2", *HUB)
+# digits with commas, decimals, or .5; a sign before or after a dollar sign
+NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 
 
-def to_item(row: dict) -> dict:
-    """A row of any GSM8K copy. Copies that keep the equations in a field of their own (`steps` or
-    `cot`) hold the bare number in `answer`. ValueError: what is missing."""
-    fields = row if isinstance(row, dict) else {}
-    if not all(isinstance(fields.get(name), str) for name in ("question", "answer")):
-        raise ValueError(f"want the texts question and answer, got {[*fields] or row}")
-    answer, steps = row["answer"], row.get("steps", row.get("cot"))
-    if steps is not None:
-        answer = f"{steps if isinstance(steps, str) else ' '.join(steps)} #### {answer}"
+def to_target(answer: str) -> str:
+    """What the model writes of a GSM8K answer: the annotations, then `#### n`."""
+    annotations = re.findall(r"<<[^<>]*>>", answer)
     number = answer.rpartition("####")[2].strip()
-    if "####" not in answer or not re.fullmatch(NUMBER, number):
-        raise ValueError(f"the answer must end in #### and a number, got {number[:40]!r}")
-    return {"question": row["question"].strip(), "answer": answer.strip()}
+    return " ".join([*annotations, f"#### {number}"])
 
 
-def to_items(rows, where: str) -> list[dict]:
-    """to_item of every (place, row), or one line that says which row of `where` is not one."""
-    items = []
-    for place, row in rows:
+def text_of(row: dict, name: str) -> str:
+    """A field that has to be a text with something in it. ValueError says what is wrong."""
+    if name not in row:
+        raise ValueError(f"there is no {name}, only {', '.join(row) or 'an empty row'}")
+    text = row[name]
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} must be a text, got {text!r:.40}")
+    if not text.strip():
+        raise ValueError(f"the {name} is blank")
+    text.encode()  # a ValueError, too, where it holds half of a character
+    return text.strip()
+
+
+def gsm8k_answer(row: dict) -> str:
+    """The answer of a row of any GSM8K copy. Some copies have the number alone in `answer`, and
+    the equations in a field of their own: `steps` or `cot`, a text or a list of texts."""
+    answer = text_of(row, "answer")
+    steps = row.get("steps")
+    if steps is None:
+        steps = row.get("cot")
+
+    # An answer that has its equations already needs no second copy of them.
+    if steps is not None and "<<" not in answer:
+        if isinstance(steps, str):
+            steps = [steps]
+        if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+            raise ValueError(f"steps must be a text or a list of texts, got {steps!r:.40}")
+        number = answer.rpartition("####")[2].strip()
+        answer = " ".join([*steps, f"#### {number}"]).strip()
+
+    _, marker, number = answer.rpartition("####")
+    if not marker or not re.fullmatch(NUMBER, number.strip()):
+        raise ValueError(f"the answer must end in #### and a number, got {number.strip()!r:.40}")
+    return answer
+
+
+def to_item(row: dict, dataset: str) -> dict:
+    """A row of a file or of the hub as an item. ValueError says what is wrong with it."""
+    question = text_of(row, "question")
+    if dataset == "pairs":
+        answer = text_of(row, "answer")
+        return {"question": question, "answer": answer, "target": answer}
+    answer = gsm8k_answer(row)
+    return {"question": question, "answer": answer, "target": to_target(answer)}
+
+
+def parse_line(line: str) -> dict:
+    """A line of a file: a JSON object, or GSM8K-Aug's text form, `question||answer`."""
+    if line.lstrip().startswith("{"):
         try:
-            if isinstance(row, str):  # of a file: JSON, or question||<<..>> <<..>> #### n
-                row = json.loads(row) if row.startswith("{") else \
-                    dict(zip(("question", "answer"), row.split("||")))
-            items.append(to_item(row))
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{where}, line {place}: {e}") from e
+            return json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"no JSON: {e.msg}, column {e.colno}") from e
+    question, bars, answer = line.partition("||")
+    if not bars:
+        raise ValueError(f'want {{"question": .., "answer": ..}}, got {line!r:.40}')
+    return {"question": question, "answer": answer}
+
+
+def to_items(rows, where: str, dataset: str) -> list[dict]:
+    """Items of (line number, row) pairs, or one line that says which row of `where` is not one."""
+    items = []
+    for number, row in rows:
+        try:
+            if isinstance(row, str):
+                row = parse_line(row)
+            items.append(to_item(row, dataset))
+        except ValueError as e:
+            raise UserError(f"{where}, line {number}: {e}") from e
     if not items:
         raise UserError(f"{where} has no items")
     return items
 
 
-def read_file(path: Path) -> list[dict]:
-    """train.jsonl or the like, or GSM8K-Aug's text form, one item a line."""
+# --- where items come from ------------------------------------------------------------------------
+
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "gsm8k-aug": ("whynlp/gsm8k-aug",)}
+DATASETS = ("toy", "toy2", *HUB, "pairs")
+SPLITS = {"train": "train", "test": "test",  # by the names that files and the hub give them
+          "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+FILES = "train.jsonl and test.jsonl (or .txt) in --data_dir"
+
+
+def read_folder(folder: Path, dataset: str) -> dict:
+    """Items of each split that `folder` has a file of, train.jsonl or train.txt and so on."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, not a folder: want {FILES}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: want {FILES}")
+    files = {}
+    for path in sorted(folder.iterdir()):
+        split = SPLITS.get(path.stem.lower())
+        if split is None or path.suffix.lower() not in (".jsonl", ".txt"):
+            continue
+        if split in files:
+            raise UserError(f"{folder} has both {files[split].name} and {path.name}: keep one")
+        files[split] = path
+    return {split: read_file(path, dataset) for split, path in files.items()}
+
+
+def read_file(path: Path, dataset: str) -> list[dict]:
+    """The items of a file, one a line. Blank lines do not count."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path}: {e}") from e
-    return to_items([(i, line) for i, line in enumerate(lines, 1) if line.strip()], str(path))
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return to_items(rows, str(path), dataset)
+
+
+def read_hub(dataset: str) -> dict:
+    """Items of each split of a data set of the hub."""
+    name = HUB[dataset][0]
+    try:
+        import datasets  # only here: it takes seconds to import and the toy does not need it
+        hub = datasets.load_dataset(*HUB[dataset])
+    except Exception as e:  # the hub's client raises a dozen types for "no network"
+        reason = " ".join(str(e).split())[:80] or type(e).__name__
+        raise UserError(f"cannot load {name} ({reason}): check the net, or pass {FILES}") from e
+    splits = {}
+    for split, rows in hub.items():
+        if split in SPLITS:
+            splits[SPLITS[split]] = to_items(enumerate(rows, 1), f"{name}, {split}", dataset)
+    return splits
 
 
 def load_splits(dataset: str, data_dir: str = "", seed: int = 0, toy_sizes=TOY_SIZES) -> dict:
-    """Lists of items: "train", "val", "test". GSM8K comes from `data_dir` (train.jsonl, test.jsonl,
-    or .txt) or from the hub. Only the toy's train split depends on `seed`."""
-    if dataset.startswith("toy"):
-        return {split: toy_split(split, n, seed * (split == "train"), dataset == "toy2")
-                for split, n in toy_sizes.items()}
+    """Lists of items: "train", "val", "test". Only the toy's train split depends on `seed`.
+
+    GSM8K comes from the files of `data_dir` or from the hub. Pairs always come from files, of lines
+    {"question": .., "answer": ..}. The model writes their answers whole, and eval_gsm8k.judge takes
+    a text as right that equals item["target"].
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"no data set {dataset!r}: want one of {', '.join(DATASETS)}")
+    if dataset in ("toy", "toy2"):
+        if data_dir:
+            raise UserError(f"{dataset} reads no files, but --data_dir {data_dir} is given: leave "
+                            "it out, or name its data with --preset gsm8k or --dataset pairs")
+        splits = {}
+        for split, n in toy_sizes.items():
+            split_seed = seed if split == "train" else 0
+            splits[split] = toy_split(split, n, split_seed, either_way=dataset == "toy2")
+        return splits
+
     if data_dir:
-        files = {p.stem: p for kind in ("*.txt", "*.jsonl") for p in Path(data_dir).glob(kind)}
-        if not {"train", "test"} <= set(files):
-            raise UserError(f"want train.jsonl and test.jsonl (or .txt) in --data_dir {data_dir}")
-        splits = {split: read_file(files[split]) for split in ("train", "valid", "test")
-                  if split in files}
+        splits = read_folder(path_of(data_dir), dataset)
+    elif dataset in HUB:
+        splits = read_hub(dataset)
     else:
-        import datasets  # only here: it takes seconds to import and the toy does not need it
-        try:
-            hub = datasets.load_dataset(*HUB[dataset])
-        except Exception as e:  # the hub's client raises a dozen types for "no network"
-            raise UserError(f"cannot load {HUB[dataset][0]} ({str(e).splitlines()[0][:80]}): pass "
-                            "--data_dir with train.jsonl and test.jsonl, or check the net") from e
-        splits = {"valid" if split == "validation" else split:
-                  to_items(enumerate(rows, 1), f"{HUB[dataset][0]}, {split}")
-                  for split, rows in hub.items()}
-    train, val = splits["train"], splits.get("valid")
-    if val is None:  # held out of train, always the same items
-        train = random.Random("gsm8k-val").sample(train, len(train))
+        raise UserError(f"--dataset {dataset} is read from files: want {FILES}")
+    for split in ("train", "test"):
+        if split not in splits:
+            raise UserError(f"{data_dir or HUB[dataset][0]} has no {split} split: want {FILES}")
+
+    # Without a validation split of its own, some of train are held out: always the same items.
+    if "val" not in splits:
+        train = splits["train"]
+        shuffled = random.Random("gsm8k-val").sample(train, len(train))
         n = min(500, max(1, len(train) // 10))
-        train, val = train[n:] or train, train[:n]
-    seen = {item["question"] for item in train}
-    overlap = sum(item["question"] in seen for item in val + splits["test"])
+        splits["val"] = shuffled[:n]
+        splits["train"] = shuffled[n:] or shuffled
+
+    seen = {item["question"] for item in splits["train"]}
+    overlap = sum(item["question"] in seen for item in splits["val"] + splits["test"])
     if overlap:
-        print(f"warning: {overlap} validation or test questions also stand in train")
-    return {"train": train, "val": val, "test": splits["test"]}
-
-
-def to_target(answer: str) -> str:
-    """What the model writes: the annotations, then `#### n`."""
-    number = answer.rpartition("####")[2].strip()
-    return " ".join([*re.findall(r"<<[^<>]*>>", answer), f"#### {number}"])
+        say(f"warning: {overlap} validation or test questions also stand in train")
+    return splits
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -213,7 +307,9 @@ def build_tokenizer(pieces: list[str]) -> tiktoken.Encoding:
     ranks = {bytes([i]): i for i in range(256)}
     for piece in pieces:
         ranks.setdefault(piece.encode(), len(ranks))
-    special = {name: len(ranks) + i for i, name in enumerate(("<|eos|>", "<|pad|>", "<|mask|>"))}
+    special = {}
+    for name in ("<|eos|>", "<|pad|>", "<|mask|>"):
+        special[name] = len(ranks) + len(special)
     return tiktoken.Encoding("learned-orders", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens=special)
 
@@ -223,37 +319,46 @@ def frequent_pieces(items: list[dict], n: int = 2048) -> list[str]:
     counts = Counter()
     for item in items:
         counts.update(re.findall(PATTERN, item["question"]))
-        counts.update(re.findall(PATTERN, to_target(item["answer"])))
-    return sorted((p for p in counts if len(p.encode()) > 1), key=lambda p: (-counts[p], p))[:n]
+        counts.update(re.findall(PATTERN, item["target"]))
+    pieces = [piece for piece in counts if len(piece.encode()) > 1]
+    pieces.sort(key=lambda piece: (-counts[piece], piece))
+    return pieces[:n]
 
 
 def encode(items: list[dict], enc: tiktoken.Encoding, P: int, L: int):
     """prompt (N, P) and x0 (N, L) of the items that fit, and which ones do: the others are dropped
     from training and counted as wrong in evaluation."""
-    eos, pad = enc.n_vocab - 3, enc.n_vocab - 2
-    prompts, answers, fitting = [], [], []
+    eos = enc.n_vocab - 3
+    pad = enc.n_vocab - 2
+    prompts, targets, fitting = [], [], []
     for i, item in enumerate(items):
         prompt = enc.encode_ordinary(item["question"])
-        answer = enc.encode_ordinary(to_target(item["answer"])) + [eos]
-        if 0 < len(prompt) <= P and len(answer) <= L:
+        target = enc.encode_ordinary(item["target"]) + [eos]
+        if 0 < len(prompt) <= P and len(target) <= L:
             prompts.append(prompt + [pad] * (P - len(prompt)))
-            answers.append(answer + [pad] * (L - len(answer)))
+            targets.append(target + [pad] * (L - len(target)))
             fitting.append(i)
-    return torch.tensor(prompts).view(-1, P), torch.tensor(answers).view(-1, L), fitting
+    return torch.tensor(prompts).view(-1, P), torch.tensor(targets).view(-1, L), fitting
 
 
 def decode(tokens: list[int], enc: tiktoken.Encoding) -> str:
     """Text of a canvas up to its first EOS or PAD."""
-    end = next((i for i, token in enumerate(tokens) if token >= enc.n_vocab - 3), len(tokens))
-    return enc.decode(tokens[:end])
-
-
-# digits with commas, decimals, or .5; a sign before or after a dollar sign
-NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+    written = []
+    for token in tokens:
+        if token >= enc.n_vocab - 3:
+            break
+        written.append(token)
+    return enc.decode(written)
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number right after the last `####`, or None; "$1,234.00" equals 1234."""
+    """The number right after the last `####`: "$1,234.00" equals 1234, "18 eggs" 18. None where
+    there is none, or where the text goes on to another number: 3/4 is not 3, 1e3 not 1."""
     _, marker, tail = text.rpartition("####")
-    match = re.match(rf"\s*({NUMBER})", tail) if marker else None
-    return Decimal(re.sub(r"[$,]", "", match[1])) if match else None
+    number = re.match(rf"\s*({NUMBER})", tail)
+    if not marker or not number:
+        return None
+    goes_on = re.sub(r"^[\s.,eE=^*/:×÷+-]+", "", tail[number.end() :])
+    if goes_on[:1].isnumeric():
+        return None
+    return Decimal(re.sub(r"[$,]", "", number[1]))

@@ -4,17 +4,19 @@
     python eval_gsm8k.py                            the whole curve
 
 Every order uses the same generate(), the same canvas, the same EOS rule and the likeliest token.
-The learned order runs on the order-trained checkpoint, each rule on it and on --control, which is
-denoiser.pt or, fairer, control.pt: that trained on by stage 1's loss for as many network states.
-The better of the two is its number: no rule loses as a denoiser was bent to the learned order.
+The learned order runs on the order-trained checkpoint. Each rule runs on it and on every --control,
+which is denoiser.pt or, fairer, control.pt: that one was trained on by stage 1's loss for as many
+network states as the order stage saw. A rule's number is its best of these, so no rule suffers from
+a denoiser that was adapted to the learned order.
 
-A *cap* is the most steps that one answer may take, a *budget* the most on average. A knob that
-is not given is tuned: for each checkpoint and budget, the knob and the cap (the budget, one
-more or twice as much) of highest score among those that stay within the budget on average, all on
-validation items. Other orders have the budget for their cap. The score is --metric:
+A *cap* is the most steps that one answer may take, a *budget* the most on average. A knob that is
+not given is tuned: for each checkpoint and budget, the knob and the cap (the budget, one more or
+twice as much) of highest score among those that stay within the budget on average, all on
+validation items. Orders without such a knob have the budget for their cap. The score is --metric:
 
-accuracy  cut at the first EOS or PAD, last `####`, the number right after it, as a decimal. An item
-          that does not fit prompt or canvas counts as wrong
+accuracy  cut at the first EOS or PAD, last `####`, the number right after it, as a decimal. Of the
+          data set "pairs": the whole text, but for spaces at its ends. An item that does not fit
+          prompt or canvas counts as wrong
 coherent  accurate, and no <<a=b>> is false or broken: did the parallel steps agree with each other?
 nats      mean log p(true answer) of the sampler that takes this order and draws its tokens from p,
           over the items that fit; of orders that draw, of one draw each: on average a lower bound
@@ -24,19 +26,24 @@ of the score over items (Wilson; of nats 1.96 standard errors); true, the share 
 <<a=b>> that are; p, of the learned order against the best rule with no more mean steps, paired over
 items (McNemar, exact; with nats of accuracy). That rule is picked on test, which favours it.
 
-Each row is written to --json as soon as it is done. The same command on the same checkpoints goes
-on with the rows that are missing.
+Each row is added to --json as soon as it is done, with what it depends on: the checkpoint's bytes,
+the items, those it was tuned on, the metric. So the same command goes on with the rows that are
+missing, and rows of another evaluation stay in the file beside them.
 """
 
 import argparse
 import ast
+import contextlib
+import functools
 import json
 import math
 import operator
+import os
 import re
+import shlex
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,13 +51,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (TOY_SIZES, UserError, build_tokenizer, decode, encode, final_number, load_splits,
-                  run_script)
-from model import load_checkpoint, pick_device, versions
-from sample import ORDERS, Order, generate, parse_order, parse_steps
+from common import UserError, path_of, pick_device, run_script, say, versions, write_json
+from data import TOY_SIZES, build_tokenizer, decode, encode, final_number, load_splits
+from model import MDM, load_checkpoint
+from sample import (ORDERS, Order, generate, need_trained_gates, parse_order, parse_orders,
+                    parse_steps, whole_number)
 
-EVERY_ORDER = ("learned,left_to_right,dilated,confidence,margin,iid,threshold,entropy_bound,"
-               "confidence+eos_last,iid+eos_last,threshold+eos_last,entropy_bound+eos_last")
+EVERY_ORDER = ("learned:0.5,learned,left_to_right,dilated,confidence,margin,iid,threshold,"
+               "entropy_bound,confidence+eos_last,iid+eos_last,threshold+eos_last,"
+               "entropy_bound+eos_last")
 
 
 # --- one answer -----------------------------------------------------------------------------------
@@ -84,189 +93,501 @@ def is_true(equation: str) -> bool:
     """Is a=b true? A b with decimals may be a rounded to as many as it shows: 1/3=.33, 1/3=33.3%;
     a whole number may not."""
     left, _, right = equation.rpartition("=")
-    a, b = value_of(left), value_of(right)
+    a = value_of(left)
+    b = value_of(right)
+    if a is None or b is None:
+        return False
+    slack = 0
     decimals = re.search(r"\.(\d+)", right)
-    unit = Fraction(1, 10 ** len(decimals[1])) if decimals else 0
-    slack = unit / 2 / (100 if "%" in right else 1)
-    return a is not None and b is not None and abs(a - b) <= slack
+    if decimals:
+        slack = Fraction(1, 2 * 10 ** len(decimals[1]))  # half a unit of the last one
+        if "%" in right:
+            slack /= 100
+    return abs(a - b) <= slack
 
 
-def judge(text: str, answer: str) -> dict:
+def judge(text: str, target: str, dataset: str) -> dict:
     """One generated answer against the true one."""
+    if dataset == "pairs":  # free text: nothing in it that could be checked by itself
+        right = text.strip() == target.strip()
+        return {"accuracy": right, "coherent": right, "no_number": False,
+                "n_true": 0, "n_equations": 0}
+    number = final_number(text)
+    right = number is not None and number == final_number(target)
     equations = re.findall(r"<<([^<>]*)>>", text)
-    true, number = sum(map(is_true, equations)), final_number(text)
-    right = number is not None and number == final_number(answer)
-    whole = text.count("<<") == text.count(">>") == len(equations) == true
-    return {"accuracy": right, "coherent": right and whole, "true": true, "all": len(equations),
-            "no number": number is None}
+    n_true = sum(is_true(equation) for equation in equations)
+    n_whole = len(equations)
+    none_broken = text.count("<<") == text.count(">>") == n_whole
+    return {"accuracy": right, "coherent": right and none_broken and n_true == n_whole,
+            "no_number": number is None, "n_true": n_true, "n_equations": n_whole}
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a share of n (Wilson 1927); unlike p +- z sigma it stays in 0..1."""
-    center, half = share + z * z / n / 2, z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
-    return max(0, center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    center = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    scale = 1 + z * z / n
+    return max(0, center - half) / scale, (center + half) / scale
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Exact two-sided p of paired results (N,) bool: do those where one is right split evenly?"""
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    only_a = int((a & ~b).sum())
+    only_b = int((b & ~a).sum())
+    n = only_a + only_b
+    one_sided = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n
+    return min(1.0, 2 * one_sided)
 
 
 # --- one row of the table -------------------------------------------------------------------------
 
-def evaluate(model, enc, items: list[dict], order: Order, cap: int, metric: str, batch_size=64):
-    """`order` on `items` with at most `cap` steps. Item i draws from seed i, whatever its batch."""
-    config, device = model.config, next(model.parameters()).device
-    prompt, x0, fitting = encode(items, enc, config.prompt_len, config.answer_len)
-    judged = [judge("", item["answer"]) for item in items]  # for those that do not fit
-    steps, nats, shown, start = [], [], [], time.perf_counter()
-    for i in range(0, len(fitting), batch_size):
-        rows = fitting[i : i + batch_size]
-        c, x = prompt[i : i + batch_size].to(device), x0[i : i + batch_size].to(device)
-        out = generate(model, c, cap, order, seeds=rows)
-        for row, tokens in zip(rows, out.tokens.tolist()):
-            judged[row] = judge(decode(tokens, enc), items[row]["answer"])
-        steps += out.steps.tolist()
-        shown += list(zip(out.tokens.tolist(), out.reveal_step.tolist()))[: 5 - len(shown)]
-        if metric == "nats":
-            nats += generate(model, c, cap, order, seeds=rows, x0=x).log_p.tolist()
-    if not steps:
+def batches(model: MDM, enc, items: list[dict], size: int):
+    """The items that fit, `size` at a time, on the model's device: which of `items` they are,
+    their prompts (B, P) and true answers (B, L)."""
+    device = next(model.parameters()).device
+    prompt, x0, fitting = encode(items, enc, model.config.prompt_len, model.config.answer_len)
+    if not fitting:
         raise UserError(f"none of {len(items)} items fits prompt and canvas of this checkpoint")
-    total = {name: sum(one[name] for one in judged) for name in judged[0]}
-    share = {name: total[name] / len(items) for name in ("accuracy", "coherent", "no number")}
+    for first in range(0, len(fitting), size):
+        batch = slice(first, first + size)
+        yield fitting[batch], prompt[batch].to(device), x0[batch].to(device)
+
+
+def evaluate(model: MDM, enc, items: list[dict], order: Order, cap: int, metric: str, dataset: str,
+             batch_size=64) -> dict:
+    """`order` on `items` with at most `cap` steps. Item i draws from seed i, whatever its batch."""
+    start = time.perf_counter()
+    verdicts = [judge("", item["target"], dataset) for item in items]  # of those that do not fit
+    steps = []   # of each item that fits
+    nats = []
+    shown = []
+    for rows, prompt, x0 in batches(model, enc, items, batch_size):
+        out = generate(model, prompt, cap, order, seeds=rows)
+        answers = out.tokens.tolist()
+        for row, answer in zip(rows, answers):
+            verdicts[row] = judge(decode(answer, enc), items[row]["target"], dataset)
+        steps += out.steps.tolist()
+        shown += zip(answers, out.reveal_step.tolist())
+        if metric == "nats":
+            nats += generate(model, prompt, cap, order, seeds=rows, x0=x0).log_p.tolist()
+
+    # Shares are of all items, also of those that do not fit.
+    total = {name: sum(verdict[name] for verdict in verdicts) for name in verdicts[0]}
+    share = {name: total[name] / len(items) for name in ("accuracy", "coherent", "no_number")}
+    judged_by = "accuracy" if metric == "nats" else metric
+    score = share[judged_by]
+    interval = wilson(score, len(items))
     if metric == "nats":
-        score, half = np.mean(nats).item(), 1.96 * (np.std(nats) / len(nats) ** 0.5).item()
+        score = np.mean(nats).item()
+        half = 1.96 * np.std(nats).item() / len(nats) ** 0.5
         interval = score - half, score + half
-    else:
-        score, interval = share[metric], wilson(share[metric], len(items))
-    return {"order": str(order), "cap": cap, "n": len(items), "fit": len(fitting), **share,
-            "score": score, "ci95": interval, "true": total["true"] / max(total["all"], 1),
+    return {"order": str(order), "cap": cap, "n": len(items), "fit": len(steps), **share,
+            "score": score, "ci95": interval,
+            "true_equations": total["n_true"] / max(total["n_equations"], 1),
             "steps": [np.mean(steps).item(), min(steps), max(steps)],
-            "per s": len(fitting) / (time.perf_counter() - start), "shown": shown,
-            "right": [one["accuracy" if metric == "nats" else metric] for one in judged]}
+            "right": [verdict[judged_by] for verdict in verdicts], "shown": shown[:5],
+            "per_second": len(steps) / (time.perf_counter() - start)}
 
 
 def tune(measure, order: Order, knobs, budget: int, L: int) -> tuple[Order, int]:
-    """The knob and the cap of highest score within `budget` steps on average; ties: fewer steps."""
-    found = {}
+    """The knob and the cap of highest score within `budget` steps on average; ties: fewer steps.
+    measure(order, cap) is a row."""
+    caps = sorted({min(cap, L) for cap in (budget, budget + 1, 2 * budget)})
+    best = None
     for knob in knobs:
-        for cap in dict.fromkeys(min(cap, L) for cap in (budget, budget + 1, 2 * budget)):
-            row = measure(replace(order, knob=knob), cap)
-            if row["steps"][0] <= budget:
-                found[replace(order, knob=knob), cap] = row["score"], -row["steps"][0]
-    return max(found, key=found.get)
+        candidate = replace(order, knob=knob)
+        for cap in caps:
+            row = measure(candidate, cap)
+            mean_steps, _, most = row["steps"]
+            quality = (row["score"], -mean_steps)
+            if mean_steps <= budget and (best is None or quality > best[0]):
+                best = quality, candidate, cap
+            # With a larger cap an answer takes as many steps, or more if it had reached this one.
+            if mean_steps >= budget or most < cap:
+                break
+    _, chosen, cap = best  # the cap that is the budget always stays within it
+    return chosen, cap
 
+
+# --- rows against each other ----------------------------------------------------------------------
 
 def best_rules(rows: list[dict]) -> list[dict]:
-    """Of the rows of one order and budget, one a denoiser, the best; p of the learned order's."""
+    """Of the rows of one order and budget, one a checkpoint, the best: of equals the first."""
     best = {}
-    for row in sorted(rows, key=lambda row: row["score"]):
-        best[row["budget"], row["asked"]] = row
     for row in rows:
-        rivals = [r for r in rows if not r["order"].startswith("learned")
-                  and r["steps"][0] <= row["steps"][0]]
-        if row["order"].startswith("learned") and rivals:
-            rival = max(rivals, key=lambda r: r["score"])
-            row["rival"] = f"{rival['order']} ({rival['checkpoint']})"
-            row["p"] = mcnemar(np.array(row["right"]), np.array(rival["right"]))
+        key = row["budget"], row["asked"]
+        if key not in best or row["score"] > best[key]["score"]:
+            best[key] = row
     return sorted(best.values(), key=lambda row: (row["budget"], -row["score"]))
 
 
-def print_table(rows: list[dict], metric: str):
-    print(f"{'order':<25}{'denoiser':<9}{'budget':>6}{'cap':>4}{'steps':>7}{'min-max':>9}"
-          f"{metric:>10}{'95 %':>15}{'accuracy':>10}{'coherent':>10}{'no number':>11}{'true':>7}")
+def is_learned(row: dict) -> bool:
+    return parse_order(row["order"]).name == "learned"
+
+
+def rival_of(row: dict, rows: list[dict]) -> dict | None:
+    """The best rule that takes no more steps on average than this row of a learned order."""
+    rivals = [other for other in rows
+              if not is_learned(other) and other["steps"][0] <= row["steps"][0]]
+    return max(rivals, key=lambda other: other["score"], default=None)
+
+
+def table(rows: list[dict], metric: str, rivals=()) -> str:
+    """Lines to print; `rivals` are the rows that a learned order's p is looked for in."""
+    unit = 1 if metric == "nats" else 100
+    head = (f"{'order':<25}{'denoiser':<11}{'budget':>6}{'cap':>4}{'steps':>7}{'min-max':>9}"
+            f"{metric:>10}{'95 %':>15}{'accuracy':>10}{'coherent':>10}{'no number':>11}{'true':>7}")
+    lines = [head]
     for row in rows:
-        (mean, least, most), unit = row["steps"], 1 if metric == "nats" else 100
-        score, low, high = (unit * value for value in (row["score"], *row["ci95"]))
-        p = f"   p {row['p']:.1e} against {row['rival']}" if "p" in row else ""
-        print(f"{row['order']:<25}{row['checkpoint']:<9}{row['budget']:>6}{row['cap']:>4}"
-              f"{mean:>7.2f}{least:>5}-{most:<3}{score:>10.1f}{low:>8.1f} -{high:>5.1f}"
-              f"{100 * row['accuracy']:>10.1f}{100 * row['coherent']:>10.1f}"
-              f"{100 * row['no number']:>11.1f}{100 * row['true']:>7.1f}{p}")
+        mean, least, most = row["steps"]
+        low, high = row["ci95"]
+        line = (f"{row['order']:<25}{row['checkpoint']:<11}{row['budget']:>6}{row['cap']:>4}"
+                f"{mean:>7.2f}{least:>5}-{most:<3}"
+                f"{unit * row['score']:>10.1f}{unit * low:>8.1f} -{unit * high:>5.1f}"
+                f"{100 * row['accuracy']:>10.1f}{100 * row['coherent']:>10.1f}"
+                f"{100 * row['no_number']:>11.1f}{100 * row['true_equations']:>7.1f}")
+        rival = rival_of(row, rivals) if is_learned(row) else None
+        if rival:
+            p = mcnemar(np.array(row["right"]), np.array(rival["right"]))
+            line += f"   p {p:.1e} against {rival['order']} ({rival['checkpoint']})"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def write_json(path: Path, content: dict):
-    """Atomically: a reader sees the old file or the new one, never half of one."""
+# --- do exchangeable operands meet? ---------------------------------------------------------------
+
+def exchangeable_pairs(x0, enc):
+    """Different operands of + and *, which the toy writes in either order: for answers x0 (B, L)
+    their row, the position of the left one (the sign is at + 1, the right one at + 2), and which
+    equation of the answer it is, from 0: (N,) each."""
+    signs = torch.tensor([enc.encode_single_token(sign) for sign in "+*"], device=x0.device)
+    row, left = torch.isin(x0[:, 1:-1], signs).nonzero().unbind(1)
+    differ = x0[row, left] != x0[row, left + 2]
+    row = row[differ]
+    left = left[differ]
+    equals_so_far = (x0 == enc.encode_single_token("=")).cumsum(-1)       # (B, L)
+    return row, left, equals_so_far[row, left]
+
+
+def meetings(model: MDM, enc, items: list[dict], steps: int, order="learned:0.5"):
+    """For each exchangeable pair of the toy's items: its equation (N,), and whether one and the
+    same step reveals both (N,), when the true answers are written along the order."""
+    equations = []
+    meets = []
+    for rows, prompt, x0 in batches(model, enc, items, 64):
+        step = generate(model, prompt, steps, order, seeds=rows, x0=x0).reveal_step     # (B, L)
+        row, left, equation = exchangeable_pairs(x0, enc)
+        equations.append(equation)
+        meets.append(step[row, left] == step[row, left + 2])
+    return torch.cat(equations), torch.cat(meets)
+
+
+def pairs_that_meet(model: MDM, enc, items: list[dict], steps: int, order="learned:0.5") -> float:
+    """The share of exchangeable pairs whose operands one step reveals, blind for each other: each
+    is then right half of the time."""
+    _, meets = meetings(model, enc, items, steps, order)
+    return meets.sum().item() / max(len(meets), 1)
+
+
+def pairs_by_equation(model: MDM, enc, items: list[dict], steps: int, order="learned:0.5") -> dict:
+    """The same, {equation of the answer, from 0: share}: where does an order fail?"""
+    equation, meets = meetings(model, enc, items, steps, order)
+    return {i: meets[equation == i].double().mean().item() for i in equation.unique().tolist()}
+
+
+# --- the table at the end of a training -----------------------------------------------------------
+
+CLOSING_ORDERS = ("learned:0.5,learned,iid,confidence,margin,left_to_right,threshold:0.9,"
+                  "entropy_bound:0.1")
+CLOSING_STEPS = (2, 3, 4, 6, 8, 16)
+
+
+def default_metric(dataset: str) -> str:
+    return "coherent" if dataset.startswith("toy") else "accuracy"
+
+
+def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | None = None,
+                  device="cpu", steps: int = 4, bounds: dict | None = None) -> dict:
+    """Print, and return, how a trained order does on the first `limit` validation items: learned
+    orders on ckpt.pt and rules on denoiser.pt in `steps` steps; of a toy also the learned order in
+    2 to 16 steps, with the pairs that meet. `bounds`: {"denoiser": nats, "order": nats}, from the
+    checkpoint's log by default."""
+    items = items[:limit]
+    checkpoints = {"ckpt": load_checkpoint(ckpt_path, device),
+                   "denoiser": load_checkpoint(denoiser_path, device)}
+    model, state = checkpoints["ckpt"]
+    dataset = state["train_config"]["dataset"]
+    enc = build_tokenizer(state["pieces"])
+    metric = default_metric(dataset)
+    if bounds is None:
+        bounds = bounds_of(state["log"])
+
+    # The table: learned orders on the one checkpoint, rules on the other.
+    rows = []
+    for order in parse_orders(CLOSING_ORDERS):
+        name = "ckpt" if order.name == "learned" else "denoiser"
+        row = evaluate(checkpoints[name][0], enc, items, order, steps, metric, dataset)
+        rows.append({"budget": steps, "checkpoint": name, **row})
+    control = shlex.quote(str(Path(ckpt_path).with_name("control.pt")))
+    say(f"\n{len(items)} validation items, at most {steps} steps an answer, in %. The order stage "
+        "trained ckpt's denoiser on;\nfor the rules `--stages control` makes up for that, then "
+        f"`eval_gsm8k.py --control {control}` compares")
+    say(table(rows, metric))
+
+    # Other budgets, by the same checkpoint: one order for all of them was learned.
+    coherent = {}
+    meet = {}
+    if dataset.startswith("toy"):
+        for budget in CLOSING_STEPS:
+            row = evaluate(model, enc, items, parse_order("learned:0.5"), budget, metric, dataset)
+            coherent[budget] = 100 * row["coherent"]
+            meet[budget] = 100 * pairs_that_meet(model, enc, items, budget)
+        say("\nlearned:0.5 in steps         " + "".join(f"{n:>7}" for n in CLOSING_STEPS))
+        say("coherent, %                  " + "".join(f"{x:>7.1f}" for x in coherent.values()))
+        say("exchangeable pairs that meet " + "".join(f"{x:>7.1f}" for x in meet.values()))
+
+    signs = failure_signs(meet, bounds)
+    for sign in signs:
+        say(f"There is a better order ({sign}): try more --max_steps_order, or another --seed")
+    return {"rows": rows, "coherent": coherent, "meet": meet, "signs": signs}
+
+
+def bounds_of(log: list[dict]) -> dict:
+    """The last validation bound of each stage, nats."""
+    return {record["stage"]: record["val"] for record in log if "val" in record}
+
+
+def failure_signs(meet: dict, bounds: dict) -> list[str]:
+    """What shows that an order has failed; `meet` in % by steps. From three steps on an order can
+    keep all pairs apart."""
+    signs = []
+    for steps, share in meet.items():
+        if steps >= 3 and share > 1:
+            signs.append(f"in {steps} steps {share:.1f} % of the exchangeable pairs meet")
+            break
+    if {"denoiser", "order"} <= set(bounds) and bounds["order"] < bounds["denoiser"]:
+        signs.append(f"its bound, {bounds['order']:.2f}, is below stage 1's, "
+                     f"{bounds['denoiser']:.2f}, which is of random orders")
+    return signs
+
+
+# --- the file of results --------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """One process at a time between reading and replacing `path`, so none loses another's rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(content))
-    path.with_suffix(".tmp").replace(path)
+    lock = path.with_name(path.name + ".lock")
+    for _ in range(300):
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            time.sleep(0.1)
+    else:
+        raise UserError(f"{lock} has been there for half a minute: if nothing else writes to "
+                        f"{path}, remove it")
+    try:
+        yield
+    finally:
+        lock.unlink()
 
 
-def main(argv=None):
+def read_results(path: Path) -> dict:
+    """{"meta": what the last evaluation was of, "rows": its rows and others'} of such a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file of results")
+    if not path.is_file():
+        return {"meta": None, "rows": []}
+    try:
+        results = json.loads(path.read_text())
+        for row in results["rows"]:
+            belongs(row, results["meta"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} holds no results of this script: name another file") from e
+    return results
+
+
+def key_of(row: dict) -> tuple:
+    return row["asked"], row["budget"], row["of"]
+
+
+def belongs(row: dict, meta: dict) -> bool:
+    """Is this a row of the evaluation that `meta` describes? Its checkpoint is one of those, and it
+    was tuned on those items or not at all."""
+    checkpoint, reported, tuned_on = (row["of"][name] for name in
+                                      ("checkpoint", "reported", "tuned_on"))
+    return (checkpoint in meta["checkpoints"].values() and reported == meta["reported"]
+            and tuned_on in (None, meta["tuned_on"]))
+
+
+def store(path: Path, meta: dict, new_rows=()) -> list[dict]:
+    """Add rows to a results file, in place of those of the same key. Other rows stay: the file is
+    read anew, for another evaluation may have written to it. The rows it then has."""
+    with locked(path):
+        keys = [key_of(row) for row in new_rows]
+        rows = [row for row in read_results(path)["rows"] if key_of(row) not in keys]
+        rows += new_rows
+        write_json(path, {"meta": meta, "rows": rows})
+    return rows
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Checkpoint:
+    name: str    # in the table
+    model: MDM
+    state: dict
+    crc32: int   # of the file's bytes
+
+
+def load_checkpoints(paths: list[str], device) -> list[Checkpoint]:
+    """Checkpoints of one run, under their files' names; what is the same file twice counts once."""
+    found = []
+    for path in paths:
+        model, state = load_checkpoint(path, device)
+        crc32 = zlib.crc32(path_of(path).read_bytes())
+        if crc32 in [other.crc32 for other in found]:
+            continue
+        name = path_of(path).stem
+        if name in [other.name for other in found]:
+            name = f"{name}_{len(found) + 1}"
+        checkpoint = Checkpoint(name, model, state, crc32)
+        if found and run_of(checkpoint) != run_of(found[0]):
+            raise UserError(f"{paths[0]} and {path} are of different runs: other sizes or pieces")
+        found.append(checkpoint)
+    return found
+
+
+def run_of(checkpoint: Checkpoint) -> tuple:
+    """What checkpoints of one run share. Its stages may differ in the budgets that gates know."""
+    return replace(checkpoint.model.config, max_steps=1), checkpoint.state["pieces"]
+
+
+def crc_of(items: list[dict]) -> int:
+    texts = [[item["question"], item["target"]] for item in items]
+    return zlib.crc32(json.dumps(texts).encode())
+
+
+def parse_args(argv):
     parser = argparse.ArgumentParser(description="Accuracy against steps.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
-    parser.add_argument("--control", default="out/denoiser.pt", help="the rules' denoiser: fairer "
-                        "is control.pt of train.py --stages control; empty: none")
+    parser.add_argument("--control", default="out/denoiser.pt", help="other denoisers for the "
+                        "rules, comma-separated: fairer is control.pt of train.py --stages "
+                        "control; empty: none")
     parser.add_argument("--orders", default=EVERY_ORDER, help="NAME[:KNOB][+eos_last],..")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="budgets, L: no cap")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="to report on")
-    parser.add_argument("--limit", type=parse_steps, help="first N items of it; all by default")
-    parser.add_argument("--tune_items", type=parse_steps, default=128, help="of val, to tune on")
+    parser.add_argument("--limit", type=whole_number, help="first N items of it; all by default")
+    parser.add_argument("--tune_items", type=whole_number, default=128, help="of val, to tune on")
     parser.add_argument("--metric", choices=["accuracy", "coherent", "nats"],
-                        help="coherent for a toy, accuracy for GSM8K by default")
-    parser.add_argument("--batch_size", type=parse_steps, default=64)
+                        help="coherent for a toy, else accuracy by default")
+    parser.add_argument("--batch_size", type=whole_number, default=64)
     parser.add_argument("--data_dir", help="GSM8K's files, if not where training found them")
-    parser.add_argument("--json", default="out/eval.json", help="where to write the results")
+    parser.add_argument("--json", type=path_of, default="out/eval.json", help="file of the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    device, orders = pick_device(args.device), [parse_order(o) for o in args.orders.split(",")]
+    args.orders = parse_orders(args.orders)
     try:
-        budgets = [parse_steps(text) for text in args.steps.split(",")]
+        args.steps = [parse_steps(text) for text in args.steps.split(",")]
     except argparse.ArgumentTypeError as e:
         parser.error(str(e))
+    return args
 
-    models, files = {}, {}
-    for path in filter(None, (args.ckpt, args.control)):
-        name = Path(path).stem if Path(path).stem not in models else "control"
-        models[name], state = load_checkpoint(path, device)
-        files[name] = {"crc32": zlib.crc32(Path(path).read_bytes()), "step": state["step"],
-                       "pieces": zlib.crc32(str(state["pieces"]).encode()), **state["versions"]}
-    if len({(file["pieces"], models[name].config) for name, file in files.items()}) > 1:
-        raise UserError(f"{args.ckpt} and {args.control} are of different runs: other tokenizers")
-    enc, config = build_tokenizer(state["pieces"]), state["train_config"]
-    L = config["answer_len"]
-    metric = "coherent" if config["dataset"].startswith("toy") else "accuracy"
-    metric = args.metric = args.metric or metric
+
+def load_items(args, config: dict) -> tuple[list[dict], list[dict]]:
+    """Validation items to tune on, and the items to report on: never the same."""
     splits = load_splits(config["dataset"], args.data_dir or config["data_dir"],
                          toy_sizes={name: TOY_SIZES[name] for name in ("val", "test")})
-    tuning, splits["val"] = splits["val"][: args.tune_items], splits["val"][args.tune_items :]
-    items = splits[args.split][: args.limit]
+    tuning = splits["val"][: args.tune_items]
+    if args.split == "test":
+        items = splits["test"]
+    else:
+        items = splits["val"][args.tune_items :]
     if not items:
         raise UserError(f"--tune_items {args.tune_items} leaves no validation items to report on")
+    return tuning, items[: args.limit]
 
-    path, rows, kept = Path(args.json), [], ""
-    meta = {"args": vars(args), "train_config": config, "checkpoints": files, "device": str(device),
-            "threads": torch.get_num_threads(), **versions()}
-    if path.is_file():
-        try:
-            old = json.loads(path.read_text())
-            rows, same = old["rows"], old["meta"] == meta
-            rows = rows if same else []
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"--json {path} holds no results of this script: name another") from e
-        kept = f"{len(rows)} rows of this evaluation are in" if rows else "replacing"
-    done = {(row["budget"], row["asked"], row["checkpoint"]) for row in rows}
-    jobs = [(budget, order, name) for budget in dict.fromkeys(min(b, L) for b in budgets)
-            for order in orders for name in ([*models][:1] if order.name == "learned" else models)]
-    jobs = [job for job in jobs if (job[0], str(job[1]), job[2]) not in done]
-    for budget, order, name in tqdm(jobs, disable=None):
-        def measure(order, cap, on=tuning):
-            return evaluate(models[name], enc, on, order, cap, metric, args.batch_size)
-        sweep, choice, cap = ORDERS[order.name][2], order, budget
-        if sweep and not order.knob:
-            choice, cap = tune(measure, order, sweep, budget, L)
-        row = measure(choice, cap, on=items)
-        rows.append({"asked": str(order), "budget": budget, "checkpoint": name, **row})
-        write_json(path, {"meta": meta, "rows": rows})
-    best = best_rules(rows)
-    write_json(path, {"meta": meta, "rows": rows})  # with p; before anything is printed
-    print(f"{kept or 'writing'} {path}\n{config['dataset']}, {len(items)} {args.split} items, "
-          f"{rows[0]['fit']} of them fit; each rule on the better of {' and '.join(models)}, in %")
-    print_table(best, metric)
+
+def jobs_of(orders: list[Order], budgets: list[int], checkpoints: list[Checkpoint], meta: dict):
+    """Every row to measure: its order, its checkpoint, and the fields that it begins with."""
+    jobs = []
+    for budget in budgets:
+        for order in orders:
+            knobs = ORDERS[order.name][2] if order.knob is None else []
+            tuned_on = meta["tuned_on"] if knobs else None
+            for checkpoint in checkpoints[:1] if order.name == "learned" else checkpoints:
+                of = {"checkpoint": checkpoint.crc32, "reported": meta["reported"],
+                      "tuned_on": tuned_on}
+                begin = {"asked": str(order), "budget": budget, "checkpoint": checkpoint.name,
+                         "of": of, "knobs": knobs, "commit": versions()["commit"]}
+                jobs.append((order, checkpoint, begin))
+    return jobs
+
+
+def run_evaluation(args) -> tuple[list[dict], list[dict], dict]:
+    """Measure the rows that are not yet in args.json. The rows asked for, all rows of this
+    evaluation, and its description."""
+    device = pick_device(args.device)
+    paths = [path for path in [args.ckpt, *args.control.split(",")] if path]
+    checkpoints = load_checkpoints(paths, device)
+    state = checkpoints[0].state
+    need_trained_gates(args.ckpt, state, args.orders)
+    dataset = state["train_config"]["dataset"]
+    metric = args.metric or default_metric(dataset)
+    enc = build_tokenizer(state["pieces"])
+    L = checkpoints[0].model.config.answer_len
+    tuning, items = load_items(args, state["train_config"])
+
+    # Written before anything runs: a file that cannot be written is no surprise at the end.
+    meta = {"checkpoints": {checkpoint.name: checkpoint.crc32 for checkpoint in checkpoints},
+            "reported": {"dataset": dataset, "split": args.split, "n": len(items),
+                         "items": crc_of(items), "metric": metric},
+            "tuned_on": crc_of(tuning), "train_config": state["train_config"],
+            "trained_by": state["versions"], "device": str(device), **versions()}
+    rows = store(args.json, meta)
+    known = [(key_of(row), row["knobs"]) for row in rows]
+
+    def evaluate_on(items, checkpoint, order, cap):
+        return evaluate(checkpoint.model, enc, items, order, cap, metric, dataset,
+                        args.batch_size)
+
+    @functools.cache  # budgets share caps
+    def on_validation(checkpoint, order, cap):
+        return evaluate_on(tuning, checkpoint, order, cap)
+
+    budgets = list(dict.fromkeys(min(budget, L) for budget in args.steps))
+    jobs = jobs_of(args.orders, budgets, checkpoints, meta)
+    missing = [job for job in jobs if (key_of(job[2]), job[2]["knobs"]) not in known]
+    for order, checkpoint, begin in tqdm(missing, disable=None):
+        chosen = order
+        cap = begin["budget"]
+        if begin["knobs"]:
+            measure = functools.partial(on_validation, checkpoint)
+            chosen, cap = tune(measure, order, begin["knobs"], cap, L)
+        row = evaluate_on(items, checkpoint, chosen, cap)
+        rows = store(args.json, meta, [{**begin, **row}])
+
+    mine = [row for row in rows if belongs(row, meta)]
+    keys = [key_of(begin) for _, _, begin in jobs]
+    asked = [row for row in mine if key_of(row) in keys]
+    return asked, mine, meta
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    asked, mine, meta = run_evaluation(args)
+    reported = meta["reported"]
+    metric = reported["metric"]
+    print(f"{len(mine)} rows of this evaluation are in {args.json}\n{reported['dataset']}, "
+          f"{reported['n']} {reported['split']} items, {asked[0]['fit']} of them fit; {metric} in "
+          f"{'nats' if metric == 'nats' else '%'}; each rule on the best of "
+          f"{', '.join(meta['checkpoints'])}")
+    print(table(best_rules(asked), metric, rivals=mine))
 
 
 if __name__ == "__main__":

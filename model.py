@@ -6,9 +6,10 @@ never masked. One forward pass gives, for every position of the answer,
     token head   p(x^i | z)       which token belongs here              Eq. 2 of posterior.py
     gate head    alpha^i(z)       should it be revealed now?            Eq. 1
 
-The number of masks says how far generation has come, so no time is fed to the network. MASK (id V)
-can be read but not written: the token head has only V outputs. The prompt attends to itself only,
-so it is read once, by all orders of an example in training and by all steps in sampling.
+The number of masks says how far generation has come, so no time is fed to the network. Only the
+gate head is told how many steps are left. MASK (id V) can be read but not written: the token head
+has only V outputs. The prompt attends to itself only, so it is read once, by all orders of an
+example in training and by all steps in sampling.
 
 Stage 1 trains the token head with the usual bound. Masking each position with probability m,
 m ~ U(0, 1),
@@ -22,12 +23,6 @@ Axes: B batch, K orders, P prompt, L answer canvas, V vocabulary without MASK, D
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
 """
 
-import functools
-import io
-import os
-import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,9 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError
-
-SCHEMA = 5  # of checkpoint files
+from common import load_state, not_a_checkpoint, save_state
 
 
 @dataclass(frozen=True)
@@ -48,29 +41,35 @@ class ModelConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128      # D, a multiple of 2 H
-    place_gates: bool = False  # p's gates have a bias for each place, not one for all
+    max_steps: int = 8     # the gate head knows 1 .. max_steps steps left
 
     @property
-    def eos(self): return self.vocab_size - 2
+    def eos(self):
+        return self.vocab_size - 2
 
     @property
-    def pad(self): return self.vocab_size - 1
+    def pad(self):
+        return self.vocab_size - 1
 
     @property
-    def mask(self): return self.vocab_size
+    def mask(self):
+        return self.vocab_size
 
+
+# --- the transformer ------------------------------------------------------------------------------
 
 def rotary_table(length: int, head_dim: int):
-    """cos and sin (length, head_dim / 2) of rotary position embedding (Su et al., 2104.09864)."""
+    """Rotary position embedding (Su et al., 2104.09864): for each position and pair of channels a
+    complex number of length 1, (length, head_dim / 2)."""
     frequency = 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.arange(length)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x, cos, sin):
+def rotate(x, rotation):
     """Turn each pair of channels by an angle that grows with position. x (B, H, S, D/H)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))       # (B, H, S, D/H/2)
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -80,26 +79,30 @@ class Block(nn.Module):
         super().__init__()
         D = config.n_embd
         self.n_head = config.n_head
-        self.norm1, self.norm2 = nn.RMSNorm(D), nn.RMSNorm(D)
-        self.q, self.kv = nn.Linear(D, D, bias=False), nn.Linear(D, 2 * D, bias=False)
+        self.norm1 = nn.LayerNorm(D, bias=False)
+        self.norm2 = nn.LayerNorm(D, bias=False)
+        self.q = nn.Linear(D, D, bias=False)
+        self.kv = nn.Linear(D, 2 * D, bias=False)
         self.proj = nn.Linear(D, D, bias=False)
-        self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+        self.up = nn.Linear(D, 4 * D, bias=False)
+        self.down = nn.Linear(4 * D, D, bias=False)
         nn.init.zeros_(self.proj.weight)  # every block starts as the identity
         nn.init.zeros_(self.down.weight)
 
-    def keys_values(self, x, cos, sin):
+    def keys_values(self, x, rotation):
         """What others can attend to of x (B, S, D): its keys and values, (B, 2, H, S, D/H)."""
-        k, v = self.kv(self.norm1(x)).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        return torch.stack([rotate(F.rms_norm(k, k.shape[-1:]), cos, sin), v], dim=1)
+        kv = self.kv(self.norm1(x)).unflatten(-1, (2, self.n_head, -1))   # (B, S, 2, H, D/H)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                  # (B, H, S, D/H) each
+        k = rotate(F.layer_norm(k, k.shape[-1:]), rotation)
+        return torch.stack([k, v], dim=1)
 
-    def forward(self, x, cos, sin, kv, attend):
+    def forward(self, x, rotation, kv, attend):
         """x (B, S, D) attends to kv, S' keys and values, where `attend` (B, 1, 1, S') is True."""
         q = self.q(self.norm1(x)).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)                        # (B, H, S, D/H)
+        q = rotate(F.layer_norm(q, q.shape[-1:]), rotation)                        # (B, H, S, D/H)
         y = F.scaled_dot_product_attention(q, kv[:, 0], kv[:, 1], attn_mask=attend)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
-        h = F.relu(self.up(self.norm2(x)))
-        return x + self.down(h * h)  # square() is the same number, at twice the time backward
+        return x + self.down(F.relu(self.up(self.norm2(x))))
 
 
 class Trunk(nn.Module):
@@ -109,44 +112,91 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         S = config.prompt_len + config.answer_len
-        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # + MASK
-        # [NEW] rotary embedding tells how far apart two tokens are; a learned one tells each
-        # its place, because what belongs at place 20 often depends on the prompt at a fixed place.
-        self.place = nn.Embedding(S, config.n_embd)
+        self.token = nn.Embedding(config.vocab_size + 1, config.n_embd)  # + MASK
+        # [NEW] rotary embedding tells how far apart two tokens are. A learned one tells each token
+        # its position, because what belongs at position 20 often depends on a fixed one before.
+        self.position = nn.Embedding(S, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd)
-        for name, table in zip(("cos", "sin"), rotary_table(S, config.n_embd // config.n_head)):
-            self.register_buffer(name, table, persistent=False)
-        nn.init.normal_(self.embed.weight, std=0.5)
-        nn.init.normal_(self.place.weight, std=0.5)
+        self.norm = nn.LayerNorm(config.n_embd, bias=False)
+        rotation = rotary_table(S, config.n_embd // config.n_head)
+        self.register_buffer("rotation", rotation, persistent=False)
+        nn.init.normal_(self.token.weight, std=0.5)
+        nn.init.normal_(self.position.weight, std=0.5)
 
-    def enter(self, tokens, start: int):
-        """Embedded tokens (B, S, D), and the rotation of their places, which begin at `start`."""
-        place = slice(start, start + tokens.shape[1])
-        return self.embed(tokens) + self.place.weight[place], self.cos[place], self.sin[place]
+    def embed(self, tokens, start: int):
+        """Embedded tokens (B, S, D), and the rotation of their positions, from `start` on."""
+        positions = slice(start, start + tokens.shape[1])
+        x = self.token(tokens) + self.position.weight[positions]
+        return x, self.rotation[positions]
 
     # [NEW] the prompt does not see the answer.
-    def read(self, prompt):
-        """The cache of prompts (B, P): each block's keys and values, and where it is not padding. A
-        pair of tensors whose rows are the prompts. `trim` saves time."""
-        x, cos, sin = self.enter(prompt, 0)
-        real, kvs = prompt != self.config.pad, []
+    def encode_prompt(self, prompt):
+        """The cache of prompts (B, P): keys and values of each block (B, n_layer, 2, H, P, D/H),
+        and where they are not padding (B, P). Rows are prompts. `trim` saves time."""
+        x, rotation = self.embed(prompt, 0)
+        not_pad = prompt != self.config.pad
+        kvs = []
         for block in self.blocks:
-            kvs.append(block.keys_values(x, cos, sin))
+            kv = block.keys_values(x, rotation)
+            kvs.append(kv)
             if block is not self.blocks[-1]:  # nobody attends to what the last makes of the prompt
-                x = block(x, cos, sin, kvs[-1], real[:, None, None])
-        return torch.stack(kvs, dim=1), real                 # (B, n_layer, 2, H, P, D/H), (B, P)
+                x = block(x, rotation, kv, not_pad[:, None, None])
+        return torch.stack(kvs, dim=1), not_pad
 
     def forward(self, cache, answer):
         """Hidden states (B*K, L, D) of answers (B*K, L), K in a row for each prompt of cache."""
         K = len(answer) // len(cache[0])
-        prompt_kv, real = (part.repeat_interleave(K, 0) for part in cache)
-        attend = torch.cat([real, torch.ones_like(answer, dtype=torch.bool)], 1)[:, None, None]
-        x, cos, sin = self.enter(answer, self.config.prompt_len)
+        prompt_kv, not_pad = (part.repeat_interleave(K, 0) for part in cache)
+        everywhere = torch.ones_like(answer, dtype=torch.bool)
+        attend = torch.cat([not_pad, everywhere], dim=1)[:, None, None]   # (B*K, 1, 1, P + L)
+        x, rotation = self.embed(answer, self.config.prompt_len)
         for block, kv in zip(self.blocks, prompt_kv.unbind(1)):
-            kv = torch.cat([kv, block.keys_values(x, cos, sin)], dim=-2)      # prompt, then answer
-            x = block(x, cos, sin, kv, attend)
+            kv = torch.cat([kv, block.keys_values(x, rotation)], dim=-2)  # prompt, then answer
+            x = block(x, rotation, kv, attend)
         return self.norm(x)
+
+
+# --- the denoiser and its heads -------------------------------------------------------------------
+
+class GateHead(nn.Module):
+    """Eq. 1: the logits of alpha. p scores the positions of a state, and opens the best of them.
+
+    How many are the best depends on how many steps are left: a gate is closer to open the higher
+    its score is above the n-th best, where n is an even share of what is masked, as in q's gates
+    (Eq. 3). So one score per position serves every number of steps.
+
+    [NEW] Each position has a bias in its score. The biases begin far apart, so p begins with an
+    order of its own, and q, which the KL pulls to what p can predict, does not tie neighbours.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.n_embd))
+        self.position_bias = nn.Parameter(spread_out(config.answer_len))                # (L,)
+        self.steps_bias = nn.Parameter(torch.zeros(config.max_steps))
+
+    def forward(self, h, masked, steps_left):
+        """h (..., L, D), masked (..., L), steps_left (..., 1) -> (..., L)."""
+        score = h @ self.weight + self.position_bias
+        row = steps_left.clamp(max=len(self.steps_bias)) - 1     # more steps take the last bias
+        logits = score - nth_score(score, masked, steps_left) + self.steps_bias[row]
+        return 15 * torch.tanh(logits / 15)  # [NEW] soft-capped, so every log stays finite
+
+
+def nth_score(score, masked, steps_left):
+    """The n-th largest score of the masked positions, n = masked / steps_left, rounded up: what a
+    step reveals if all the steps that are left do an even share. (..., L) -> (..., 1)."""
+    n = torch.ceil(masked.sum(-1, keepdim=True) / steps_left).long()
+    ranked = score.masked_fill(~masked, -torch.inf).sort(-1, descending=True).values
+    nth = ranked.gather(-1, (n - 1).clamp(min=0))
+    return nth.masked_fill(n == 0, 0.0)                # nothing is masked: any finite number
+
+
+def spread_out(length: int):
+    """Biases (length,) in [-5, 5): steps of 3.4 around a ring of length 10. Positions next to each
+    other or two apart, as the operands of an equation are, differ by 3.2 at least: nearly a third
+    of all positions stands between them, so from T = 3 on they hardly ever begin in one step."""
+    return 10 * (0.34 * torch.arange(length) % 1) - 5
 
 
 class MDM(nn.Module):
@@ -156,13 +206,10 @@ class MDM(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.read = self.trunk.read
+        self.encode_prompt = self.trunk.encode_prompt
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.gate_head = nn.Linear(config.n_embd, 1)
+        self.gate_head = GateHead(config)
         nn.init.zeros_(self.token_head.weight)
-        nn.init.zeros_(self.gate_head.weight)
-        biases = config.answer_len if config.place_gates else 1
-        self.gate_head.bias = nn.Parameter(torch.full((biases,), -1.0))  # alpha = 0.27 at first
 
     def forward(self, cache, z):
         """Hidden states (B*K, L, D), for the heads below: logits only where they are needed."""
@@ -172,88 +219,58 @@ class MDM(nn.Module):
         """log p(x | z) over the V tokens, float32: (..., D) -> (..., V)."""
         return self.token_head(h).float().log_softmax(-1)
 
-    def gate_logits(self, h):
-        """logit of alpha, float32: (..., L, D) -> (..., L)."""
-        logits = (h.float() * self.gate_head.weight).sum(-1) + self.gate_head.bias
-        return 15 * torch.tanh(logits / 15)  # [NEW] soft-capped, so every log stays finite
+    def gate_logits(self, h, masked, steps_left):
+        """logit of alpha, float32: h (..., L, D), masked (..., L), steps_left (..., 1) -> (..., L).
+        Logits of revealed positions mean nothing."""
+        return self.gate_head(h.float(), masked, steps_left)
 
 
 def log_p_of(model: MDM, h, x0, masked):
     """log p(x0^i | z) at the masked positions, 0 elsewhere: (..., L)."""
-    picked = model.log_p(h[masked]).gather(-1, x0[masked][:, None]).squeeze(-1)
+    log_p = model.log_p(h[masked])                                        # (N, V)
+    picked = log_p.gather(-1, x0[masked][:, None]).squeeze(-1)            # (N,)
     return picked.new_zeros(masked.shape).masked_scatter(masked, picked)
 
 
+# --- stage 1 --------------------------------------------------------------------------------------
+
 def denoiser_elbo(model: MDM, prompt, x0, generator=None, eps: float = 1e-3):
-    """Stage 1's bound on log p(x0 | c), one masking level a row: (B,), in nats. The levels are
-    stratified: each of B equal slices of (eps, 1) gives one. eps keeps 1/m bounded, for a bias of
-    about eps of the bound."""
+    """Stage 1's bound on log p(x0 | c), one masking level a row: (B,), in nats.
+
+    The levels are stratified: each of B equal slices of (eps, 1) gives one. eps keeps 1/m bounded,
+    for a bias of at most about eps times the bound.
+    """
     B, L = x0.shape
-    first = torch.randint(B, (1,), device=x0.device, generator=generator)
-    u = torch.rand(B, device=x0.device, generator=generator)
-    u = ((torch.arange(B, device=x0.device) + first) % B + u) / B
-    m = (eps + (1 - eps) * u)[:, None]                                                   # (B, 1)
-    masked = torch.rand(B, L, device=x0.device, generator=generator) < m
-    h = model(model.read(prompt), x0.masked_fill(masked, model.config.mask))
-    return (log_p_of(model, h, x0, masked) / m).sum(-1)
+    device = x0.device
+    first = torch.randint(B, (1,), device=device, generator=generator)
+    within = torch.rand(B, device=device, generator=generator)
+    slices = (torch.arange(B, device=device) + first) % B
+    m = eps + (1 - eps) * (slices + within) / B                           # (B,)
+    masked = torch.rand(B, L, device=device, generator=generator) < m[:, None]
+    z = x0.masked_fill(masked, model.config.mask)
+    h = model(model.encode_prompt(prompt), z)
+    return (log_p_of(model, h, x0, masked) / m[:, None]).sum(-1)
 
 
 def trim(prompt, pad: int):
     """Drop the padding that all prompts of a batch share: (B, P) -> (B, P')."""
-    return prompt[:, : int((prompt != pad).sum(-1).amax())]
+    longest = int((prompt != pad).sum(-1).amax())
+    return prompt[:, :longest]
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto" takes CUDA (under torchrun the process's own), then MPS, then CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((device for device in found if found[device]), "cpu")
-    if not found.get(name, name == "cpu"):
-        raise UserError(f"no device {name!r} here: take --device cpu")
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name)
-
-
-# --- checkpoints: one self-describing file of plain types -----------------------------------------
-
-@functools.cache
-def versions() -> dict:
-    """Of this code: its commit ("+" if files differ from it; "" if it is not a repository of its
-    own), of torch and of Python."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                              text=True).stdout.strip()
-    commit = ""
-    if shutil.which("git") and git("ls-files", "model.py") and not git("rev-parse", "--show-cdup"):
-        commit = git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD"))
-    return {"commit": commit, "torch": str(torch.__version__), "python": platform.python_version()}
-
+# --- checkpoints ----------------------------------------------------------------------------------
 
 def save_checkpoint(path: Path, model: MDM, **extra):
-    """Write atomically: a reader sees the old file or the new one, never half of one."""
-    state = {"schema": SCHEMA, "versions": versions(), **extra,
-             "model_config": asdict(model.config), "model": model.state_dict()}
-    file = io.BytesIO()  # torch.save into a file that cannot grow raises no OSError
-    torch.save(state, file)
-    path.with_suffix(".tmp").write_bytes(file.getbuffer())
-    os.replace(path.with_suffix(".tmp"), path)
+    """Write the model, and what else it takes to use it or to go on, atomically."""
+    save_state(path, {"model_config": asdict(model.config), "model": model.state_dict(), **extra})
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> tuple[MDM, dict]:
-    """Model in eval mode and the file's dict. Read as plain types: no code in the file is run."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} not found: run `python train.py` first, or pass its path")
+    """Model in eval mode and the file's dict."""
+    state = load_state(path, device)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["schema"] != SCHEMA:
-            raise ValueError(f"schema {state['schema']}, this code reads {SCHEMA}: train again")
-        entries = {"pieces", "train_config", "stage", "step", "log", "states", "versions"}
-        if missing := entries - set(state):
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = MDM(ModelConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])  # names and shapes must be the network's
-    except Exception as e:  # unpickling a foreign file raises almost anything
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from e
+    except Exception as e:
+        raise not_a_checkpoint(path, e) from e
     return model.eval(), state

@@ -4,29 +4,48 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from data import run_script
+from common import run_script
 
 ROOT = Path(__file__).parent.parent
 FAST = ("--preset gsm8k --prompt_len 24 --answer_len 16 --n_layer 1 --n_embd 16 --n_head 2 "
         "--n_layer_posterior 1 --n_pieces 50 --max_steps_denoiser 20 --max_steps_order 20 "
         "--batch_size 4 --batch_size_order 4 --K 2 --log_every 5 --eval_every 10 --eval_items 2 "
         "--stages denoiser,order,control --device cpu").split()
+# What a shell may have set that Python, pytest's own terminal or a script would listen to.
+OF_A_SHELL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "COLUMNS", "LINES",
+              "MPLBACKEND", "NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING", "PYTHONUTF8",
+              "PYTHONUNBUFFERED", "PYTHONWARNINGS")
+
+
+def pytest_configure():
+    """The tests set what they rely on, before any of them is imported."""
+    for name in OF_A_SHELL:
+        os.environ.pop(name, None)
+    os.environ |= {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TERM": "xterm"}
+    if hasattr(time, "tzset"):
+        time.tzset()
+    # What a script starts with & ignores Ctrl-C, and so would all that is started from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def fast(tmp_path_factory):
     """Flags of a run of about a second, on 36 + 4 + 8 questions of its own."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [json.dumps({"question": f"Jo has {n} pens, buys {n}.",
-                        "answer": f"<<{n}+{n}={2 * n}>>\n#### {2 * n}"}) for n in range(48)]
+    rows = []
+    for n in range(48):
+        rows.append(json.dumps({"question": f"Jo has {n} pens, buys {n}.",
+                                "answer": f"<<{n}+{n}={2 * n}>>\n#### {2 * n}"}))
     (folder / "train.jsonl").write_text("\n".join(rows[:40]))
     (folder / "test.jsonl").write_text("\n".join(rows[40:]))
     return [*FAST, "--data_dir", str(folder)]
@@ -44,15 +63,23 @@ def straight(fast, tmp_path_factory):
 
 def log(out):
     """The records of log.jsonl, without what depends on the clock."""
-    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k not in ("ktok/s", "seconds")}
-            for record in records]
+    records = []
+    for line in (out / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        del record["ktok/s"], record["seconds"]
+        records.append(record)
+    return records
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
 
 
 def assert_same_weights(a, b, close=0.0):
     """Of every stage, bit for bit or within rounding."""
     for name in train.STAGES.values():
-        one, two = (torch.load(out / name, weights_only=True)["model"] for out in (a, b))
+        one = weights(a / name)
+        two = weights(b / name)
         assert one.keys() == two.keys() and one
         for key in one:
             assert torch.allclose(one[key], two[key], rtol=0, atol=close), (name, key)
@@ -76,10 +103,15 @@ def run(*words, stdout=subprocess.PIPE, **environment):
 def outcome(script, argv, capfd):
     """Status, stdout and error of a script's main in this process, as of `python script.py`."""
     capfd.readouterr()
+    status = 0
     try:
         run_script(lambda: script.main(argv))
-        status = 0
-    except SystemExit as e:  # what Python does with it: a text is printed, and the status is 1
-        status = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
+    except SystemExit as e:
+        status = e.code
+        if not isinstance(status, int):  # what Python does with it: the text is printed
+            print(status, file=sys.stderr)
+            status = 1
     out, err = capfd.readouterr()
-    return status, out, err[err.find("error: ") :] if "usage: " in err else err  # of argparse
+    if "usage: " in err:  # of argparse
+        err = err[err.find("error: ") :]
+    return status, out, err

@@ -2,7 +2,10 @@
 
 With L positions, V tokens and T steps everything is discrete: (V+1)^L states, V^L answers, and the
 ordered partitions of L positions into at most T groups. What follows is written from the equations,
-gate by gate and token by token, and shares no code with posterior.py or sample.py."""
+gate by gate and token by token, and shares no code with posterior.py, critic.py or sample.py.
+
+One table serves every T: its gates are looked up by the state and by how many steps are left.
+"""
 
 import itertools
 import math
@@ -12,35 +15,50 @@ import torch
 import torch.nn as nn
 
 SIZES = [(3, 1), (3, 2), (3, 3), (4, 2)]  # (L, T)
-V, TAU = 2, 0.5
+V = 2
+TAU = 0.5
 X0 = {3: (1, 0, 1), 4: (1, 0, 1, 1)}
 
 
 class TableModel(nn.Module):
-    """Token and gate logits looked up by state. The "hidden state" of a position is its V token
-    logits followed by its gate logit."""
+    """Token and gate logits looked up by state.
 
-    def __init__(self, L=3, seed=0):
+    The "hidden state" of a position is a row of its V token logits, then one gate logit for each
+    number of steps left, 1 to max_steps, then 1 where the state is masked.
+    """
+
+    def __init__(self, L=3, seed=0, max_steps=4):
         super().__init__()
-        self.config = SimpleNamespace(answer_len=L, vocab_size=V, mask=V, pad=-1, eos=V)
+        self.config = SimpleNamespace(answer_len=L, vocab_size=V, mask=V, pad=-1, eos=V,
+                                      max_steps=max_steps)
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(torch.randn((V + 1) ** L, L, V + 1, generator=generator,
+        n_states = (V + 1) ** L
+        self.table = nn.Parameter(torch.randn(n_states, L, V + max_steps, generator=generator,
                                               dtype=torch.float64))
 
     def row(self, z):
-        return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)  # the state read as a number
+        """The state read as a number to the base V + 1."""
+        return (z * (V + 1) ** torch.arange(z.shape[-1])).sum(-1)
 
-    def read(self, prompt):
+    def gate_column(self, steps_left):
+        return V + steps_left - 1
+
+    def encode_prompt(self, prompt):
         return (prompt,)
 
     def forward(self, cache, z):
-        return self.table[self.row(z)]
+        is_masked = (z == self.config.mask)[..., None]
+        return torch.cat([self.table[self.row(z)], is_masked.to(self.table.dtype)], dim=-1)
 
     def log_p(self, h):
-        return h[..., :-1].log_softmax(-1)
+        return h[..., :V].log_softmax(-1)
 
-    def gate_logits(self, h):
-        return h[..., -1]
+    def gate_logits(self, h, masked, steps_left):
+        """h (..., L, V + max_steps + 1), masked (..., L), steps_left (..., 1) -> (..., L)."""
+        assert torch.equal(masked, h[..., -1] == 1), "told the masks of another state"
+        assert ((steps_left >= 1) & (steps_left <= self.config.max_steps)).all()
+        column = self.gate_column(steps_left)[..., None].expand(*masked.shape, 1)
+        return h.gather(-1, column).squeeze(-1)
 
 
 def scores(L=3, seed=0):
@@ -49,7 +67,7 @@ def scores(L=3, seed=0):
     return torch.randn(L, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-# An order is a tuple with the step that reveals each position: (1, 3, 2) reveals places 0, 2, 1.
+# An order is a tuple with the step that reveals each position: (1, 3, 2) reveals positions 0, 2, 1.
 
 def orders(L, T):
     """Every order: steps 1..m are all used, m <= T."""
@@ -64,28 +82,34 @@ def answers(L):
     return list(itertools.product(range(V), repeat=L))
 
 
-def lookup(model, x0, order, t):
-    """Table entry of the state before step t, and the positions that it masks."""
-    z = [token if step < t else model.config.mask for token, step in zip(x0, order)]
-    return model(None, torch.tensor([z]))[0], [i for i, step in enumerate(order) if step >= t]
+def masked_at(order, t):
+    """The positions that are masked before step t."""
+    return [i for i, step in enumerate(order) if step >= t]
+
+
+def state_at(x0, order, t):
+    """The state before step t (L,): V, the token after the last, is MASK."""
+    return torch.tensor([V if step >= t else token for token, step in zip(x0, order)])
 
 
 # --- the model, Eq. 1 and 2 -----------------------------------------------------------------------
 
 def log_p_gates(model, x0, order, t, T):
     """Eq. 1: log p(r_t | z_t)."""
-    h, left = lookup(model, x0, order, t)
     if t == T:
-        return torch.zeros((), dtype=h.dtype)
-    alpha = model.gate_logits(h).sigmoid()
-    chosen = sum(torch.log(alpha[i] if order[i] == t else 1 - alpha[i]) for i in left)
-    return chosen - torch.log(1 - math.prod(1 - alpha[i] for i in left))
+        return torch.zeros((), dtype=model.table.dtype)
+    column = model.gate_column(T - t + 1)
+    alpha = model.table[model.row(state_at(x0, order, t)), :, column].sigmoid()
+    masked = masked_at(order, t)
+    chosen = sum(torch.log(alpha[i] if order[i] == t else 1 - alpha[i]) for i in masked)
+    return chosen - torch.log(1 - math.prod(1 - alpha[i] for i in masked))
 
 
 def log_p_tokens(model, x0, order, t):
     """Eq. 2: log p of the tokens that step t reveals."""
-    h, left = lookup(model, x0, order, t)
-    return sum(model.log_p(h)[i, x0[i]] for i in left if order[i] == t)
+    logits = model.table[model.row(state_at(x0, order, t)), :, :V]
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    return sum(log_p[i, x0[i]] for i in masked_at(order, t) if order[i] == t)
 
 
 def log_p_joint(model, x0, order, T):
@@ -95,21 +119,25 @@ def log_p_joint(model, x0, order, T):
 
 
 def log_p_marginal(model, x0, T):
-    return torch.logsumexp(torch.stack([log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]),
-                           0)
+    joints = [log_p_joint(model, x0, o, T) for o in orders(len(x0), T)]
+    return torch.logsumexp(torch.stack(joints), 0)
 
 
 # --- the posterior, Eq. 3 -------------------------------------------------------------------------
 
 def q_gates(s, order, t, T, tau=TAU):
     """{position: q} over the positions still masked at step t."""
-    left = [i for i, step in enumerate(order) if step >= t]
+    masked = masked_at(order, t)
     if t == T:
-        return {i: torch.ones((), dtype=s.dtype) for i in left}
-    ranked = sorted((s[i] for i in left), reverse=True)
-    fair = ranked[math.ceil(len(left) / (T - t + 1)) - 1]
-    e = {i: torch.exp((s[i] - ranked[0]) / tau) for i in left}
-    return {i: 1 - (1 - e[i]) * (1 - torch.sigmoid((s[i] - fair) / tau)) for i in left}
+        return {i: torch.ones((), dtype=s.dtype) for i in masked}
+    ranked = sorted((s[i] for i in masked), reverse=True)
+    even_share = math.ceil(len(masked) / (T - t + 1))
+    gates = {}
+    for i in masked:
+        e = torch.exp((s[i] - ranked[0]) / tau)
+        f = torch.sigmoid((s[i] - ranked[even_share - 1]) / tau)
+        gates[i] = 1 - (1 - e) * (1 - f)
+    return gates
 
 
 def q_step(s, order, t, T, tau=TAU):
@@ -125,7 +153,8 @@ def q_of(s, order, T, until=None):
 
 def possible_orders(s, T):
     """{order: q(order)} of those that q can draw."""
-    return {o: q.item() for o in orders(len(s), T) if (q := q_of(s, o, T)) > 0}
+    law = {o: q_of(s, o, T).item() for o in orders(len(s), T)}
+    return {o: q for o, q in law.items() if q > 0}
 
 
 # --- the bound, Eq. 4, without Rao-Blackwellisation -----------------------------------------------
@@ -135,14 +164,14 @@ def plain_step(model, s, x0, order, t, T):
     left."""
     if t > max(order):
         return torch.zeros((), dtype=s.dtype)
-    return (
-        log_p_gates(model, x0, order, t, T)
-        + log_p_tokens(model, x0, order, t)
-        - q_step(s, order, t, T).log()
-    )
+    log_p = log_p_gates(model, x0, order, t, T) + log_p_tokens(model, x0, order, t)
+    return log_p - q_step(s, order, t, T).log()
 
 
 def exact_elbo(model, s, x0, T):
     """sum over orders of q(order) (log p(x0, order) - log q(order))."""
-    return sum(q_of(s, o, T) * (log_p_joint(model, x0, o, T) - q_of(s, o, T).log())
-               for o in possible_orders(s, T))
+    total = 0.0
+    for o in possible_orders(s, T):
+        q = q_of(s, o, T)
+        total = total + q * (log_p_joint(model, x0, o, T) - q.log())
+    return total

@@ -1,9 +1,12 @@
-"""eval_gsm8k.py: what counts as right and as true, statistics, tuning, and results that are never
-lost."""
+"""eval_gsm8k.py: what counts as right and as true, statistics, tuning, pairs that meet, and results
+that are never lost."""
 
 import json
+import math
 import os
+import re
 import shutil
+import threading
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_gsm8k
+from common import UserError
 from data import build_tokenizer, encode, load_splits
-from eval_gsm8k import (best_rules, evaluate, is_true, judge, mcnemar, tune, value_of, wilson)
-from model import load_checkpoint
+from eval_gsm8k import (best_rules, closing_table, evaluate, exchangeable_pairs, failure_signs,
+                        is_true, judge, locked, mcnemar, pairs_by_equation, pairs_that_meet,
+                        read_results, rival_of, store, tune, value_of, wilson)
+from model import MDM, ModelConfig, load_checkpoint, save_checkpoint
 from sample import ORDERS, generate, parse_order
 
 # --- one answer -----------------------------------------------------------------------------------
@@ -50,20 +56,36 @@ def test_true_equations(equation, true):
 @given(st.text("0123456789.,%$/-+*()<>=# \n", max_size=60) | st.text(max_size=20))
 def test_no_text_makes_judging_fail(text):
     for generated in (text, f"<<{text}>> #### {text}", f"<<{text}={text}>>"):
-        verdict = judge(generated, "#### 1")
-        assert verdict["true"] <= verdict["all"] and verdict["accuracy"] >= verdict["coherent"]
+        verdict = judge(generated, "#### 1", "gsm8k")
+        assert verdict["n_true"] <= verdict["n_equations"]
+        assert verdict["accuracy"] >= verdict["coherent"]
 
 
 @pytest.mark.parametrize("text, accurate, coherent", [
     ("<<9+9=18>> #### 18", True, True), ("#### 18.00", True, True), ("#### $18", True, True),
     ("####18 eggs", True, True), ("#### 1,8", True, True), ("#### 18. #### 7", False, False),
     ("18", False, False), ("", False, False), ("#### eighteen 18", False, False),
+    ("<<9+9=18>> #### 18/5", False, False), ("<<9+9=18>> #### 18.5", False, False),
     ("<<9+9=18>> #### 17", False, False), ("<<9+8=18>> #### 18", True, False),
     ("9+9=18>> <<9+9=18>> #### 18", True, False), ("<<9+9=18 <<9+9=18>> #### 18", True, False),
     ("<<9+9=18>> <<9+9=1#### 18", True, False), ("<<>> #### 18", True, False)])
 def test_right_and_coherent(text, accurate, coherent):
-    verdict = judge(text, "<<9+9=18>> #### 18")
-    assert (verdict["accuracy"], verdict["coherent"]) == (accurate, coherent)
+    for dataset in ("gsm8k", "toy"):
+        verdict = judge(text, "<<9+9=18>> #### 18", dataset)
+        assert (verdict["accuracy"], verdict["coherent"]) == (accurate, coherent)
+
+
+@pytest.mark.parametrize("text, right", [
+    ("Paris", True), (" Paris\n", True), ("paris", False), ("Paris.", False), ("", False),
+    ("#### Paris", False)])
+def test_pairs_are_right_where_the_whole_text_is(text, right):
+    verdict = judge(text, "Paris", "pairs")
+    assert verdict["accuracy"] == verdict["coherent"] == right and not verdict["no_number"]
+
+
+def test_of_pairs_a_number_alone_is_not_enough():
+    assert not judge("so #### 3", "then #### 3", "pairs")["accuracy"]
+    assert judge("so #### 3", "then #### 3", "gsm8k")["accuracy"]
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -80,16 +102,20 @@ def test_wilson_interval():
     assert wilson(0, 10)[0] == 0 and wilson(1, 10)[1] == pytest.approx(1)
 
 
-def test_a_rule_is_taken_on_its_better_denoiser_and_a_learned_order_met_by_the_best_no_slower():
-    def row(order, checkpoint, score, steps, right):
+def test_a_rule_is_taken_on_its_best_denoiser_and_a_learned_order_met_by_the_best_no_slower():
+    def row(order, checkpoint, score, steps):
         return {"order": order, "asked": order, "checkpoint": checkpoint, "budget": 4,
-                "score": score, "steps": [steps, 1, 4], "right": right}
-    rows = [row("learned", "ckpt", 0.5, 3.0, [True, False]),
-            row("iid", "ckpt", 0.4, 3.0, [True, False]),
-            row("iid", "control", 0.6, 3.0, [False, True]),
-            row("margin", "ckpt", 0.9, 3.5, [True, True])]
-    assert best_rules(rows) == [rows[3], rows[2], rows[0]]
-    assert rows[0]["rival"] == "iid (control)" and rows[0]["p"] == 1 and "p" not in rows[2]
+                "score": score, "steps": [steps, 1, 4]}
+
+    learned = row("learned:0.5", "ckpt", 0.5, 3.0)
+    worse = row("iid", "ckpt", 0.4, 3.0)
+    better = row("iid", "control", 0.6, 3.0)
+    slower = row("margin", "ckpt", 0.9, 3.5)
+    for rows in ([learned, worse, better, slower], [slower, better, worse, learned]):
+        before = [dict(row) for row in rows]
+        assert best_rules(rows) == [slower, better, learned]
+        assert rival_of(learned, rows) is better and rows == before
+    assert rival_of(learned, [learned, slower]) is None
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -99,47 +125,177 @@ def parts(fast, straight):
     """Model, tokenizer, and items of which the last does not fit."""
     model, state = load_checkpoint(straight / "ckpt.pt")
     items = load_splits("gsm8k", fast[-1])["test"]
-    return model, build_tokenizer(state["pieces"]), [
-        *items, {"question": "long " * 99, "answer": "#### 1"}]
+    too_long = {"question": "long " * 99, "answer": "#### 1", "target": "#### 1"}
+    return model, build_tokenizer(state["pieces"]), [*items, too_long]
 
 
 @pytest.mark.parametrize("order", ["learned", "iid", "confidence+eos_last", "threshold:0.1"])
 def test_a_row_does_not_depend_on_the_batch_size(parts, order):
     """And what does not fit is wrong, and counted."""
-    rows = [evaluate(*parts, parse_order(order), 4, "accuracy", n) for n in (2, 3, 100)]
+    rows = [evaluate(*parts, parse_order(order), 4, "accuracy", "gsm8k", n) for n in (2, 3, 100)]
     for row in rows:
-        assert (row["n"], row["fit"]) == (9, 8) and row.pop("per s") > 0
+        assert (row["n"], row["fit"]) == (9, 8) and row.pop("per_second") > 0
         assert row["right"][-1] is False and len(row["right"]) == 9
         assert row["score"] == row["accuracy"] == sum(row["right"]) / 9
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_nats_are_those_of_the_true_answers(parts):
+def test_nats_are_those_of_the_true_answers_with_1_96_standard_errors(parts):
     model, enc, items = parts
     prompt, x0, fitting = encode(items, enc, 24, 16)
     for order in map(parse_order, ("iid", "confidence+eos_last")):
-        row = evaluate(*parts, order, 3, "nats")
+        row = evaluate(*parts, order, 3, "nats", "gsm8k")
         log_p = generate(model, prompt, 3, order, seeds=fitting, x0=x0).log_p
+        half = 1.96 * log_p.std(correction=0).item() / 8**0.5
         assert row["score"] == pytest.approx(log_p.mean().item(), rel=1e-4)
-        assert row["ci95"][0] < row["score"] < row["ci95"][1] and len(row["right"]) == 9
+        assert row["ci95"] == pytest.approx((row["score"] - half, row["score"] + half), rel=1e-4)
+        assert len(row["right"]) == 9
 
 
-@pytest.mark.parametrize("name, budget", [("threshold", 3), ("entropy_bound", 5), ("learned", 2)])
+def test_no_item_that_fits_is_one_line(parts):
+    model, enc, items = parts
+    with pytest.raises(UserError, match="none of 1 items fits"):
+        evaluate(model, enc, items[-1:], parse_order("iid"), 3, "accuracy", "gsm8k")
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, budget", [("threshold", 3), ("entropy_bound", 5), ("dilated", 2)])
 def test_a_budget_is_of_steps_on_average(parts, name, budget):
     """The tuned knob and cap have the highest score of those that stay within it, and of equal
-    scores the fewest steps, by brute force."""
+    scores the fewest steps, by brute force over all of them."""
     def measure(order, cap):
-        return evaluate(*parts, order, cap, "nats")
+        return evaluate(*parts, order, cap, "nats", "gsm8k")
 
     knobs = ORDERS[name][2][::3]
-    found, order = {}, parse_order(name)
+    order = parse_order(name)
+    found = {}
     for cap in (budget, budget + 1, 2 * budget):
         for knob in knobs:
             row = measure(replace(order, knob=knob), cap)
             if row["steps"][0] <= budget:
                 found[knob, cap] = row["score"], -row["steps"][0]
     chosen, cap = tune(measure, order, knobs, budget, 16)
-    assert found[chosen.knob, cap] == max(found.values())
+    assert measure(chosen, cap)["steps"][0] <= budget
+    assert max(found.values()) == (measure(chosen, cap)["score"], -measure(chosen, cap)["steps"][0])
+
+
+def test_of_equal_scores_the_fewest_steps_and_larger_caps_are_tried():
+    """One step more and twice as many, unless answers stayed below the cap or needed it all."""
+    asked = []
+    steps = {0.3: [3.0, 3, 3], 0.5: [2.0, 1, 9], 0.7: [2.5, 1, 2]}
+
+    def measure(order, cap):
+        asked.append((order.knob, cap))
+        mean, least, most = steps[order.knob]
+        return {"score": 0.5, "steps": [mean, least, min(most, cap)]}
+
+    chosen, cap = tune(measure, parse_order("threshold"), [0.3, 0.5, 0.7], 3, 16)
+    assert (chosen.knob, cap) == (0.5, 3)
+    assert asked == [(0.3, 3), (0.5, 3), (0.5, 4), (0.5, 6), (0.7, 3)]
+    asked.clear()
+    tune(measure, parse_order("threshold"), [0.5], 3, 4)  # no cap beyond the canvas
+    assert asked == [(0.5, 3), (0.5, 4)]
+
+
+# --- exchangeable operands ------------------------------------------------------------------------
+
+def toy_item(target):
+    return {"question": "Max has 1.", "answer": target, "target": target}
+
+
+TOY = [toy_item("<<3-2=1>> <<2*4=8>> <<2+2=4>> <<1+8=9>> #### 9"),
+       toy_item("<<9/3=3>> <<3-2=1>> #### 1"), toy_item("<<1+2=3>> <<3+3=6>> <<6-1=5>> #### 5")]
+
+
+@pytest.fixture(scope="module")
+def toy_model():
+    enc = build_tokenizer([">> <<", ">> #### "])
+    torch.manual_seed(0)
+    model = MDM(ModelConfig(enc.n_vocab - 1, prompt_len=12, answer_len=40, n_layer=1, n_head=2,
+                            n_embd=8))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval(), enc
+
+
+def test_pairs_are_different_operands_of_plus_and_times(toy_model):
+    model, enc = toy_model
+    _, x0, _ = encode(TOY, enc, 12, 40)
+    row, left, equation = exchangeable_pairs(x0, enc)
+    read = [enc.decode(x0[r, i : i + 3].tolist()) for r, i in zip(row, left)]
+    assert read == ["2*4", "1+8", "1+2"]
+    assert row.tolist() == [0, 0, 2] and equation.tolist() == [1, 3, 0]
+
+
+def test_pairs_meet_where_one_step_reveals_both(toy_model):
+    """All in one step, none in as many as there are tokens, and in between as reveal_step says."""
+    model, enc = toy_model
+    assert pairs_that_meet(model, enc, TOY, 1) == 1
+    assert pairs_that_meet(model, enc, TOY, 40, "left_to_right") == 0
+    assert pairs_that_meet(model, enc, TOY[1:2], 1) == 0  # there is none
+    assert pairs_by_equation(model, enc, TOY, 1) == {0: 1, 1: 1, 3: 1}
+    prompt, x0, _ = encode(TOY, enc, 12, 40)
+    step = generate(model, prompt, 3, "confidence", x0=x0).reveal_step
+    meets = [step[r, x] == step[r, x + 2] for r, x in
+             zip(*(part.tolist() for part in exchangeable_pairs(x0, enc)[:2]))]
+    assert pairs_that_meet(model, enc, TOY, 3, "confidence") == sum(meets).item() / 3
+
+
+@pytest.mark.parametrize("meet, bounds, signs", [
+    ({2: 90.0, 3: 1.0, 4: 0.0}, {"denoiser": -4.0, "order": -3.0}, []),
+    ({2: 0.0, 3: 1.2, 4: 50.0}, {"denoiser": -4.0, "order": -3.0}, ["in 3 steps 1.2 %"]),
+    ({2: 0.0, 3: 0.9, 16: 2.0}, {"denoiser": -4.0, "order": -4.1}, ["in 16 steps", "-4.10"]),
+    ({}, {"order": -3.0}, []), ({}, {"denoiser": -3.0}, [])])
+def test_signs_of_a_failed_order(meet, bounds, signs):
+    found = failure_signs(meet, bounds)
+    assert len(found) == len(signs) and all(sign in text for sign, text in zip(signs, found))
+
+
+@pytest.fixture(scope="module")
+def toy_run(toy_model, tmp_path_factory):
+    """The folder of a run on a toy that has been trained for no step."""
+    model, enc = toy_model
+    out = tmp_path_factory.mktemp("toy_run")
+    log = [{"stage": "denoiser", "step": 1, "val": -3.0},
+           {"stage": "order", "step": 1, "val": -9.0}, {"stage": "order", "step": 2, "elbo": -8.0}]
+    config = {"dataset": "toy", "data_dir": "", "answer_len": 40}
+    for name, stage in (("ckpt", "order"), ("denoiser", "denoiser")):
+        save_checkpoint(out / f"{name}.pt", model, pieces=[">> <<", ">> #### "], stage=stage,
+                        step=2, train_config=config, log=log)
+    return out
+
+
+def test_the_closing_table_returns_what_it_prints(toy_run, capsys):
+    """Learned orders on the one file, rules on the other; of a toy also every budget, its pairs,
+    and what to do about an order that has failed."""
+    found = closing_table(toy_run / "ckpt.pt", toy_run / "denoiser.pt", TOY, limit=2)
+    printed = capsys.readouterr().out
+    on = {row["order"]: row["checkpoint"] for row in found["rows"]}
+    assert on.pop("learned:0.5") == on.pop("learned") == "ckpt" and set(on.values()) == {"denoiser"}
+    assert {"iid", "confidence", "margin", "left_to_right"} < set(on)
+    assert all(row["n"] == 2 and row["cap"] == 4 for row in found["rows"])
+    assert list(found["coherent"]) == list(found["meet"]) == [2, 3, 4, 6, 8, 16]
+    assert "2 validation items, at most 4 steps" in printed
+    for name, label in (("coherent", "coherent, % "), ("meet", "pairs that meet")):
+        [line] = [line for line in printed.splitlines() if label in line]
+        numbers = [float(x) for x in re.findall(r"[\d.]+", line)]
+        assert numbers == pytest.approx(list(found[name].values()), abs=0.051)
+    assert any("-9.00, is below stage 1's, -3.00" in sign for sign in found["signs"])
+    assert printed.count("There is a better order") == len(found["signs"])
+    assert "--max_steps_order" in printed and "--seed" in printed
+
+    # The caller's bounds go before those of the log.
+    again = closing_table(toy_run / "ckpt.pt", toy_run / "denoiser.pt", TOY, limit=2,
+                          bounds={"denoiser": -3.0, "order": -2.0})
+    assert not any("below stage 1" in sign for sign in again["signs"])
+
+
+def test_the_closing_table_of_other_data_has_no_pairs(straight, fast, capsys):
+    items = load_splits("gsm8k", fast[-1])["val"]
+    found = closing_table(straight / "ckpt.pt", straight / "denoiser.pt", items, steps=2)
+    assert found["coherent"] == found["meet"] == {} and found["rows"][0]["cap"] == 2
+    assert "exchangeable" not in capsys.readouterr().out
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -164,36 +320,56 @@ def evaluated(straight, tmp_path_factory):
 
 def rows_of(text):
     """By name, without what depends on the clock."""
-    rows = [{k: v for k, v in row.items() if k != "per s"} for row in json.loads(text)["rows"]]
-    return {(row["budget"], row["asked"], row["checkpoint"]): row for row in rows}
+    rows = {}
+    for row in json.loads(text)["rows"]:
+        del row["per_second"]
+        rows[row["budget"], row["asked"], row["checkpoint"]] = row
+    return rows
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The questions of every call of evaluate."""
+    calls = []
+    real = eval_gsm8k.evaluate
+
+    def evaluate(model, enc, items, *rest):
+        calls.append([item["question"] for item in items])
+        return real(model, enc, items, *rest)
+
+    monkeypatch.setattr(eval_gsm8k, "evaluate", evaluate)
+    return calls
 
 
 def test_results_are_whole_where_nothing_can_be_printed(evaluated):
     done, path, text = evaluated
     assert done.returncode == 1 and done.stderr.startswith("stopped: ")
     assert done.stderr.count("\n") == 1 and [p.name for p in path.parent.iterdir()] == [path.name]
-    rows, meta = rows_of(text), json.loads(text)["meta"]
-    assert list(rows) == [(budget, order, name) for budget in (1, 3) for order, name in
-                          [("learned:0.5", "ckpt"), ("confidence", "ckpt"),
-                           ("confidence", "control"), ("threshold", "ckpt"),
-                           ("threshold", "control")]]
+    rows = rows_of(text)
+    meta = json.loads(text)["meta"]
+    on = [("learned:0.5", "ckpt"), ("confidence", "ckpt"), ("confidence", "control"),
+          ("threshold", "ckpt"), ("threshold", "control")]
+    assert list(rows) == [(1, *one) for one in on] + [(3, *one) for one in on]
     for row in rows.values():
         assert row["n"] == 5 and len(row["right"]) == len(row["shown"]) == 5
         assert -1e-9 < row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 1
         mean, least, most = row["steps"]
         assert 1 <= least <= mean <= most <= row["cap"] <= 2 * row["budget"]
         assert mean <= row["budget"] or row["asked"] == "threshold"  # tuned on other items
-        assert ("p" in row) == (row["asked"] == "learned:0.5")
-    assert meta["args"]["limit"] == 5 and meta["train_config"]["dataset"] == "gsm8k"
+        assert bool(row["knobs"]) == (row["asked"] == "threshold") == bool(row["of"]["tuned_on"])
+    assert meta["reported"]["n"] == 5 and meta["reported"]["dataset"] == "gsm8k"
     assert set(meta["checkpoints"]) == {"ckpt", "control"} and meta["torch"] == torch.__version__
 
 
 def test_the_same_command_into_a_closed_pipe_goes_on_with_missing_rows_only(
         evaluated, straight, tmp_path):
-    """Unbuffered, so that the first thing that is printed fails."""
-    content, path = json.loads(evaluated[2]), tmp_path / "eval.json"
-    content["meta"]["args"]["json"] = str(path)
-    kept = [{**row, "per s": -1} for row in content["rows"] if row["asked"] != "confidence"]
+    """Unbuffered, so that the first thing that is printed fails. Another version of the code is no
+    reason to throw rows away."""
+    content = json.loads(evaluated[2])
+    content["meta"]["commit"] = "0123456+"
+    kept = [{**row, "per_second": -1, "commit": "0123456+"} for row in content["rows"]
+            if row["asked"] != "confidence"]
+    path = tmp_path / "eval.json"
     path.write_text(json.dumps({**content, "rows": kept}))
     reading, closed = os.pipe()
     os.close(reading)
@@ -201,29 +377,158 @@ def test_the_same_command_into_a_closed_pipe_goes_on_with_missing_rows_only(
     os.close(closed)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "stopped: " in done.stderr
     rows = json.loads(path.read_text())["rows"]
-    assert [row["per s"] for row in rows[: len(kept)]] == [-1] * len(kept)
-    assert all(row["per s"] > 0 for row in rows[len(kept) :])
-    again, once = rows_of(path.read_text()), rows_of(evaluated[2])
+    assert rows[: len(kept)] == kept and len(rows) == len(kept) + 4
+    assert all(row["per_second"] > 0 for row in rows[len(kept) :])
+    again = rows_of(path.read_text())
+    once = rows_of(evaluated[2])
     for row in (*again.values(), *once.values()):
-        row.pop("rival", None)  # of equals the first in the file
-        row.pop("p", None)
+        del row["commit"]
     assert again == once
 
 
-def test_other_results_are_replaced_and_the_best_denoiser_of_each_order_is_printed(
-        evaluated, straight, tmp_path, capfd):
+def test_the_best_denoiser_of_each_order_is_printed(evaluated, straight, tmp_path, capfd):
     path = tmp_path / "eval.json"
-    path.write_text(evaluated[2])  # whose command named another --json
-    status, first, _ = outcome(eval_gsm8k, flags(straight, path), capfd)
+    path.write_text(evaluated[2])
+    status, out, _ = outcome(eval_gsm8k, flags(straight, path), capfd)
     assert status == 0 and rows_of(path.read_text()) == rows_of(evaluated[2])
-    status, again, _ = outcome(eval_gsm8k, flags(straight, path), capfd)
-    assert status == 0 and f"replacing {path}" in first
-    assert f"10 rows of this evaluation are in {path}" in again
-    for printed in (first, again):
-        assert "gsm8k, 5 test items, 5 of them fit; each rule on the better of" in printed
-        names = [line.split(":")[0].split()[0] for line in printed.splitlines()
-                 if line.startswith(("learned:", "confidence ", "threshold:"))]
-        assert sorted(names) == sorted(["learned", "confidence", "threshold"] * 2)
+    assert f"10 rows of this evaluation are in {path}" in out
+    assert "gsm8k, 5 test items, 5 of them fit; accuracy in %; each rule on the best of" in out
+    names = [re.split("[: ]", line)[0] for line in out.splitlines()
+             if line.startswith(("learned:", "confidence ", "threshold:"))]
+    assert sorted(names) == sorted(["learned", "confidence", "threshold"] * 2)
+    assert out.count("against") == 2 and " p 1.0e+00 against" in out
+
+    # A part of what is there: no more than was asked for.
+    status, out, _ = outcome(eval_gsm8k, [*flags(straight, path), "--steps", "3",
+                                          "--orders", "confidence"], capfd)
+    assert status == 0 and len(out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("changed", [
+    ["--limit", "4"], ["--metric", "nats"], ["--split", "val"], ["--tune_items", "3"]])
+def test_rows_of_another_evaluation_stay_beside(evaluated, straight, tmp_path, capfd, changed):
+    """Called again as before, nothing has to be measured anew. What was not tuned does not depend
+    on the items to tune on."""
+    path = tmp_path / "eval.json"
+    path.write_text(evaluated[2])
+    argv = flags(straight, path)
+    assert outcome(eval_gsm8k, [*argv, *changed], capfd)[0] == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[:10] == json.loads(evaluated[2])["rows"]
+    assert len(rows) == (14 if changed[0] == "--tune_items" else 20)
+    _, out, _ = outcome(eval_gsm8k, argv, capfd)
+    assert json.loads(path.read_text())["rows"] == rows and "10 rows of this evaluation" in out
+
+
+def test_knobs_are_tuned_on_validation_items_that_are_not_reported_on(
+        fast, straight, tmp_path, measured):
+    splits = load_splits("gsm8k", fast[-1])
+    for split in ("test", "val"):
+        measured.clear()
+        eval_gsm8k.main([*flags(straight, tmp_path / "eval.json"), "--control", "", "--split",
+                         split, "--orders", "threshold", "--steps", "2"])
+        *tuning, reported = measured
+        first_two = [item["question"] for item in splits["val"][:2]]
+        reports = splits["test"][:5] if split == "test" else splits["val"][2:][:5]
+        assert len(tuning) >= 8 and all(items == first_two for items in tuning)
+        assert reported == [item["question"] for item in reports]
+        assert not set(reported) & set(first_two)
+
+
+def test_other_weights_other_items_and_other_knobs_are_other_results(
+        straight, fast, tmp_path, measured, monkeypatch):
+    """The bytes of the file count, not its name; the items, not their number."""
+    for name in ("ckpt.pt", "denoiser.pt"):
+        shutil.copy(straight / name, tmp_path / name)
+    folder = tmp_path / "data"
+    shutil.copytree(fast[-1], folder)
+    argv = ["--ckpt", str(tmp_path / "ckpt.pt"), "--control", "", "--steps", "2", "--orders",
+            "threshold", "--limit", "3", "--tune_items", "2", "--json",
+            str(tmp_path / "eval.json"), "--data_dir", str(folder)]
+
+    def is_measured_anew():
+        measured.clear()
+        eval_gsm8k.main(argv)
+        return bool(measured)
+
+    assert is_measured_anew() and not is_measured_anew()
+
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state["model"]["token_head.weight"] += 1e-3
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert is_measured_anew() and not is_measured_anew()
+
+    lines = (folder / "test.jsonl").read_text().splitlines()
+    (folder / "test.jsonl").write_text("\n".join(lines[1:]))
+    assert is_measured_anew() and not is_measured_anew()
+
+    rule, default, knobs = ORDERS["threshold"]
+    monkeypatch.setitem(ORDERS, "threshold", (rule, default, knobs[:3]))
+    assert is_measured_anew() and not is_measured_anew()
+    rows = read_results(tmp_path / "eval.json")["rows"]
+    assert len(rows) == 3  # those of other knobs were replaced
+
+
+def some_row(asked, budget=4):
+    of = {"checkpoint": 1, "reported": {"n": 1}, "tuned_on": None}
+    return {"asked": asked, "budget": budget, "of": of, "knobs": []}
+
+
+META = {"checkpoints": {"ckpt": 1}, "reported": {"n": 1}, "tuned_on": 2}
+
+
+def test_two_evaluations_at_once_lose_nothing(tmp_path):
+    """Each adds to what the other has written, one at a time; no lock is left."""
+    path = tmp_path / "eval.json"
+
+    def write(name):
+        for budget in range(20):
+            store(path, META, [some_row(name, budget)])
+
+    writers = [threading.Thread(target=write, args=(name,)) for name in ("iid", "margin")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_results(path)["rows"]) == 40
+    assert [p.name for p in tmp_path.iterdir()] == ["eval.json"]
+    store(path, META, [{**some_row("iid", 3), "score": 1}])  # in place of the one there
+    rows = read_results(path)["rows"]
+    assert len(rows) == 40 and sum("score" in row for row in rows) == 1
+
+
+def test_a_lock_that_stays_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_gsm8k.time, "sleep", lambda seconds: None)
+    path = tmp_path / "eval.json"
+    with locked(path):
+        with pytest.raises(UserError, match="eval.json.lock has been there .* remove it"):
+            store(path, META)
+    store(path, META)
+
+
+@pytest.mark.parametrize("name", ["denoiser.pt", "control.pt"])
+def test_untrained_gates_are_not_called_learned(straight, tmp_path, name, capfd):
+    argv = [*flags(straight, tmp_path / "eval.json"), "--ckpt", str(straight / name)]
+    status, out, err = outcome(eval_gsm8k, argv, capfd)
+    assert status == 1 and not out and err.count("\n") == 1
+    assert "trained gates" in err and str(straight / "ckpt.pt") in err
+    assert not (tmp_path / "eval.json").exists()
+    argv += ["--orders", "iid,confidence", "--steps", "2"]
+    assert outcome(eval_gsm8k, argv, capfd)[0] == 0
+
+
+def test_of_pairs_the_text_counts(straight, fast, tmp_path, capfd):
+    """The same file of questions, trained as pairs: the metric is accuracy, by the whole text."""
+    state = torch.load(straight / "ckpt.pt", weights_only=True)
+    state["train_config"]["dataset"] = "pairs"
+    torch.save(state, tmp_path / "ckpt.pt")
+    argv = ["--ckpt", str(tmp_path / "ckpt.pt"), "--control", "", "--steps", "2", "--orders", "iid",
+            "--json", str(tmp_path / "eval.json")]
+    status, out, _ = outcome(eval_gsm8k, argv, capfd)
+    [row] = read_results(tmp_path / "eval.json")["rows"]
+    assert status == 0 and "pairs, 8 test items" in out and "accuracy in %" in out
+    assert row["of"]["reported"]["metric"] == "accuracy" and row["no_number"] == 0
+    assert math.isclose(row["score"], sum(row["right"]) / 8)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -232,13 +537,18 @@ def test_other_results_are_replaced_and_the_best_denoiser_of_each_order_is_print
     (["--metric", "speed"], "invalid choice"), (["--orders", "iid,best"], "cannot read order"),
     (["--orders", ""], "order ''"), (["--steps", "1,,2"], "whole number"),
     (["--split", "val", "--tune_items", "99"], "leaves no validation items"),
+    (["--tune_items", "L"], "whole number"), (["--batch_size", "0"], "whole number"),
+    (["--data_dir", "absent"], "absent"), (["--ckpt", "folder"], "is a folder"),
     *[(["--json", name], "holds no results of this script") for name in
-      ("text", "list.json", "dict.json", "config.json", "other.pt")],
-    (["--json", "text/x.json"], "'text'"), (["--json", "folder"], "Is a directory")])
+      ("text", "list.json", "dict.json", "config.json", "old.json", "other.pt")],
+    (["--json", "text/x.json"], "text"), (["--json", "folder"], "is a folder")])
 def test_bad_input_ends_in_one_line(straight, tmp_path, monkeypatch, capfd, argv, message):
+    """Before anything is measured, and no file is touched."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_gsm8k, "evaluate", None)
     Path("folder").mkdir()
-    files = {"text": "hello", "list.json": "[]", "dict.json": "{}", "config.json": '{"meta": 3}'}
+    files = {"text": "hello", "list.json": "[]", "dict.json": "{}", "config.json": '{"meta": 3}',
+             "old.json": '{"meta": {}, "rows": [{"asked": "iid", "budget": 4}]}'}
     for name, content in files.items():
         Path(name).write_text(content)
     state = torch.load(straight / "control.pt")
@@ -246,11 +556,19 @@ def test_bad_input_ends_in_one_line(straight, tmp_path, monkeypatch, capfd, argv
     status, _, err = outcome(eval_gsm8k, [*flags(straight, "new.json"), *argv], capfd)
     assert status != 0 and message in err and err.count("\n") == 1 and err[:-1].isprintable()
     assert all(Path(name).read_text() == content for name, content in files.items())
+    assert not list(Path().glob("**/*.tmp")) and not list(Path().glob("**/*.lock"))
 
 
-def test_two_checkpoints_of_one_name_are_two(straight, tmp_path):
-    """--control may be another run's ckpt.pt."""
+def test_several_controls_and_two_checkpoints_of_one_name(straight, tmp_path, capfd):
+    """Separated by commas. One may be another file of the name ckpt.pt; the same file twice counts
+    once."""
     shutil.copy(straight / "control.pt", tmp_path / "ckpt.pt")
-    eval_gsm8k.main([*flags(straight, tmp_path / "x.json"), "--control", str(tmp_path / "ckpt.pt"),
-                     "--orders", "iid", "--steps", "2"])
-    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 2
+    controls = [straight / "denoiser.pt", tmp_path / "ckpt.pt", straight / "ckpt.pt"]
+    path = tmp_path / "x.json"
+    status, out, _ = outcome(eval_gsm8k, [
+        *flags(straight, path), "--control", ",".join(map(str, controls)), "--orders",
+        "iid,learned:0.5", "--steps", "2"], capfd)
+    assert status == 0 and "on the best of ckpt, denoiser, ckpt_3" in out
+    names = [(row["asked"], row["checkpoint"]) for row in read_results(path)["rows"]]
+    assert names == [("iid", "ckpt"), ("iid", "denoiser"), ("iid", "ckpt_3"),
+                     ("learned:0.5", "ckpt")]

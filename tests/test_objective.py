@@ -1,6 +1,6 @@
-"""posterior.py against exact sums over all orders (tables.py), in float64, to 1e-10.
+"""posterior.py and critic.py against exact sums over all orders (tables.py), in float64, to 1e-10.
 
-The equations are those of posterior.py. test_mutations.py breaks posterior.py in many ways and runs
+The equations are those of posterior.py. test_mutations.py breaks the scripts in many ways and runs
 the tests of this file on what is left, to show that they can fail."""
 
 import itertools
@@ -11,40 +11,53 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import critic
 import posterior
 from model import MDM, ModelConfig, log_p_of
 from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint,
-                    log_p_marginal, log_p_tokens, orders, plain_step, possible_orders, q_gates,
-                    q_of, q_step, scores)
+                    log_p_marginal, log_p_tokens, masked_at, orders, plain_step, possible_orders,
+                    q_gates, q_of, q_step, scores, state_at)
 
 NO_PROMPT = torch.zeros(1, 0, dtype=torch.long)
+MAX_STEPS = 4
 
 
 def close(a, b, tolerance=1e-10):
     return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def critic(L, T, seed=7):
-    """Any numbers in the place of w: Eq. 7 must hold whatever the critic says."""
+def any_w(L, seed=7):
+    """Any numbers in the place of the critic's: Eq. 7 must hold whatever the critic says."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, L, T, T, generator=generator, dtype=torch.float64)
+    return torch.randn(1, L, MAX_STEPS, MAX_STEPS, generator=generator, dtype=torch.float64)
 
 
 def two_steps(model, s, x0, chosen, t, T, w=None, kl_weight=1.0):
-    """What train.py maximises, for one example whose K orders are `chosen`, at steps 1 and t."""
-    w = critic(len(x0), T) if w is None else w
-    value, logs = posterior.objective(model, s[None], w, NO_PROMPT, torch.tensor([x0]),
-                                      torch.tensor([chosen]), torch.tensor([t]), T, TAU, kl_weight)
-    return value.sum(), {name: log.squeeze(0) for name, log in logs.items()}
+    """What train.py maximises, and the logs, for N copies of one answer: (N,) each.
+
+    Copy n has the K orders chosen[n], and t[n] as its later step. Scores s are (L,), or (N, L) for
+    scores of its own for each copy. w (1, L, M, M) is the critic's; any numbers by default.
+    """
+    reveal_step = torch.tensor(chosen)                                       # (N, K, L)
+    t = torch.tensor(t)
+    N = len(t)
+    s = s.expand(N, -1)
+    w = any_w(len(x0)) if w is None else w
+    terms = critic.critic_terms(s, w.expand(N, -1, -1, -1), reveal_step, t, T, TAU)
+    return posterior.objective(model, s, NO_PROMPT.expand(N, 0), torch.tensor([x0] * N),
+                               reveal_step, t, T, TAU, kl_weight, terms)
 
 
 def step_logs(model, s, x0, order, t, T):
     """elbo, recon and kl of step t alone, at the state that it starts from in the order:
     L_1 + (T - 1) L_t less L_1. Where all came out at step 1, step T costs nothing."""
-    at, first = (two_steps(model, s, x0, [o, o], step, T)[1]
-                 for o, step in ((order, t), ((1,) * len(x0), T)))
-    return {name: first[name] if t == 1 else (at[name] - first[name]) / (T - 1)
-            for name in ("elbo", "recon", "kl")}
+    all_at_once = (1,) * len(x0)
+    _, logs = two_steps(model, s, x0, [[order] * 2, [all_at_once] * 2], [t, T], T)
+    steps = {}
+    for name in ("elbo", "recon", "kl"):
+        at_t, first = logs[name]
+        steps[name] = first if t == 1 else (at_t - first) / (T - 1)
+    return steps
 
 
 def step_term(model, s, x0, order, t, T):
@@ -62,12 +75,13 @@ def later_steps(T):
 @pytest.mark.parametrize("L, T", SIZES)
 def test_p_sums_to_one_over_answers_and_orders(L, T):
     model = TableModel(L)
-    assert close(sum(log_p_joint(model, x0, o, T).exp() for x0 in answers(L) for o in orders(L, T)),
-                 1)
+    pairs = itertools.product(answers(L), orders(L, T))
+    assert close(sum(log_p_joint(model, x0, o, T).exp() for x0, o in pairs), 1)
 
 
 def test_log_p_of_is_the_log_probability_of_x0_where_masked():
-    model, x0 = TableModel(), torch.tensor([X0[3]])
+    model = TableModel()
+    x0 = torch.tensor([X0[3]])
     masked = torch.tensor([[True, False, True]])
     h = model(None, x0.masked_fill(masked, V))
     expected = model.log_p(h).gather(-1, x0[..., None]).squeeze(-1) * masked
@@ -76,22 +90,28 @@ def test_log_p_of_is_the_log_probability_of_x0_where_masked():
 
 # --- Eq. 3: the posterior -------------------------------------------------------------------------
 
+@pytest.mark.parametrize("steps_left", [2, 3, 5])
 @pytest.mark.parametrize("values", [None, [0.0, 0.0, 0.0], [5.0, 5.0, -3.0], [1e4, -1e4, 0.0]])
-def test_gates_are_a_law_on_nonempty_sets(values):
+def test_gates_are_a_law_on_nonempty_sets(values, steps_left):
     """At every state: the gates of the scalar definition, sum_r q(r | z) = 1 and q(r = 0 | z) =
     0."""
     s = scores() if values is None else torch.tensor(values, dtype=torch.float64)
     for bits in itertools.product([False, True], repeat=3):
-        if left := [i for i in range(3) if bits[i]]:
-            log_q = posterior.log_gate_probs(s, torch.tensor(bits), 2, TAU)
-            q, not_q = log_q.exp(), torch.where(log_q == 0, 0.0,
-                                                posterior.log_complement(log_q).exp())
-            order = [1 if bit else 0 for bit in bits]  # revealed before step 1, or masked at step 1
-            assert all(close(q[i], expected) and close(not_q[i], 1 - expected)
-                       for i, expected in q_gates(s, order, 1, 2).items())
-            law = {r: torch.stack([q[i] if opens else not_q[i] for i, opens in zip(left, r)]).prod()
-                   for r in itertools.product([False, True], repeat=len(left))}
-            assert close(sum(law.values()), 1) and law[(False,) * len(left)] == 0
+        order = [1 if bit else 0 for bit in bits]  # revealed before step 1, or masked at step 1
+        masked = masked_at(order, 1)
+        if not masked:
+            continue
+        log_q = posterior.log_gate_probs(s, torch.tensor(bits), steps_left, TAU)
+        q = log_q.exp()
+        not_q = torch.where(log_q == 0, 0.0, posterior.log_one_minus(log_q).exp())
+        for i, expected in q_gates(s, order, 1, steps_left).items():
+            assert close(q[i], expected) and close(not_q[i], 1 - expected)
+
+        law = {}
+        for r in itertools.product([False, True], repeat=len(masked)):
+            gates = [q[i] if opens else not_q[i] for i, opens in zip(masked, r)]
+            law[r] = torch.stack(gates).prod()
+        assert close(sum(law.values()), 1) and law[(False,) * len(masked)] == 0
 
 
 @pytest.mark.parametrize("L, T", SIZES)
@@ -104,14 +124,15 @@ def test_log_q_matches_the_scalar_definition(L, T):
     s = scores(L)
     for o in possible_orders(s, T):
         for t in range(1, T + 1):
-            log_q, *_ = posterior.path_before(s[None], critic(L, T), torch.tensor([[o]]),
-                                              torch.tensor([t]), T, TAU)
+            path = torch.tensor([[o]])
+            log_q = posterior.log_q_of_path(s[None], path, torch.tensor([t]), T, TAU)
             assert close(log_q, q_of(s, o, T, until=min(t, max(o) + 1)).log())
 
 
 @pytest.mark.parametrize("L, T", SIZES)
 def test_orders_are_drawn_from_q(L, T):
-    s, n = scores(L).detach(), 100_000
+    s = scores(L).detach()
+    n = 100_000
     drawn = posterior.sample_orders(s[None], n, T, TAU, torch.Generator().manual_seed(0))[0]
     law = possible_orders(s, T)
     seen = {o: (drawn == torch.tensor(o)).all(-1).sum().item() for o in law}
@@ -130,19 +151,18 @@ def test_any_scores_give_orders_with_a_finite_log_q(s, T, tau, seed):
     reveal_step = posterior.sample_orders(s, 3, T, tau, torch.Generator().manual_seed(seed))
     for order in reveal_step[0].tolist():
         assert set(order) == set(range(1, max(order) + 1)) and max(order) <= T
-    w = torch.zeros(1, s.shape[1], T, T)
-    log_q, *_ = posterior.path_before(s, w, reveal_step, torch.tensor([T]), T, tau)
+    log_q = posterior.log_q_of_path(s, reveal_step, torch.tensor([T]), T, tau)
     gradient, = torch.autograd.grad(log_q.sum() + 0 * s.sum(), s)
     assert log_q.isfinite().all() and (log_q <= 0).all() and gradient.isfinite().all()
 
 
 def test_no_gate_opens_with_more_than_certainty():
-    """In float32 1 - (1 - e) (1 - f) may round to more than 1, whose log_complement is nan."""
+    """In float32 1 - (1 - e) (1 - f) may round to more than 1, whose log_one_minus is nan."""
     generator = torch.Generator().manual_seed(0)
     for tau in (0.67, 0.2, 0.05):
         s = torch.nn.functional.layer_norm(torch.randn(500, 60, generator=generator), (60,))
         log_q = posterior.log_gate_probs(s, torch.ones_like(s, dtype=torch.bool), 4, tau)
-        assert log_q.max() == 0 and posterior.log_complement(log_q).isfinite().all()
+        assert log_q.max() == 0 and posterior.log_one_minus(log_q).isfinite().all()
 
 
 def test_every_step_does_its_share():
@@ -163,8 +183,10 @@ def test_small_tau_follows_the_scores_and_large_tau_reveals_all_at_once():
 
 def elbo(model, s, x0, T):
     """Eq. 4: E_q sum_t L_t(z_t), by posterior.py."""
-    return sum(q * step_term(model, s, x0, o, t, T) for o, q in possible_orders(s, T).items()
-               for t in range(1, T + 1))
+    total = 0.0
+    for o, q in possible_orders(s, T).items():
+        total += q * sum(step_term(model, s, x0, o, t, T) for t in range(1, T + 1))
+    return total
 
 
 @pytest.mark.parametrize("L, T", SIZES)
@@ -173,8 +195,10 @@ def test_the_gap_of_the_bound_is_the_kl_to_the_true_posterior(L, T):
     model, s = TableModel(L), scores(L)
     for x0 in answers(L):
         log_p = log_p_marginal(model, x0, T)
-        kl = sum(q * (q_of(s, o, T).log() - (log_p_joint(model, x0, o, T) - log_p))
-                 for o, q in possible_orders(s, T).items())
+        kl = 0.0
+        for o, q in possible_orders(s, T).items():
+            log_p_of_order = log_p_joint(model, x0, o, T) - log_p
+            kl += q * (q_of(s, o, T).log() - log_p_of_order)
         assert close(log_p - elbo(model, s, x0, T), kl) and kl >= -1e-12
         assert T == 1 or kl > 1e-3  # a random posterior is not the true one
 
@@ -186,35 +210,45 @@ def test_the_bound_is_tight_at_the_true_posterior(L, T):
     model = TableModel(L)
     for x0 in answers(L):
         log_p = log_p_marginal(model, x0, T)
-        table = {o: (log_p_joint(model, x0, o, T) - log_p).exp() for o in orders(L, T)}
+        joint = {o: log_p_joint(model, x0, o, T) for o in orders(L, T)}
+        table = {o: (joint[o] - log_p).exp() for o in joint}
         assert close(sum(table.values()), 1)
-        assert close(sum(q * (log_p_joint(model, x0, o, T) - q.log()) for o, q in table.items()),
-                     log_p)
+        assert close(sum(q * (joint[o] - q.log()) for o, q in table.items()), log_p)
 
 
-def model_that_follows(s, x0, T):
-    """A model whose true posterior at x0 is q: its gates are q's, and its tokens do not look at the
-    state."""
+def model_that_follows(s, x0):
+    """A model whose true posterior at x0 is q, for T = 1, 2 and 3 alike: its gates are q's, and its
+    tokens do not look at the state."""
     model = TableModel(len(s))
     with torch.no_grad():
         model.table[...] = model.table[:1].clone()
-        for o in possible_orders(s, T):
-            for t in range(1, min(T, max(o) + 1)):
-                z = torch.tensor([[token if step < t else V for token, step in zip(x0, o)]])
-                for i, q in q_gates(s, o, t, T).items():
-                    model.table[model.row(z), i, -1] = q.logit().clamp(
-                        max=50
-                    )  # 50: alpha = 1 to 1e-21
+        for T in (2, 3):
+            for o in possible_orders(s, T):
+                for t in range(1, min(T, max(o) + 1)):
+                    row = model.row(state_at(x0, o, t))
+                    for i, q in q_gates(s, o, t, T).items():
+                        logit = q.logit().clamp(max=50)  # 50: alpha = 1 to 1e-21
+                        model.table[row, i, model.gate_column(T - t + 1)] = logit
     return model
 
 
-@pytest.mark.parametrize("L, T", SIZES)
+@pytest.mark.parametrize("L, T", [*SIZES, (4, 3)])
 def test_the_bound_is_tight_where_the_true_posterior_has_the_form_of_eq_3(L, T):
-    """The same with posterior.py's own factorised q, for a model made to have it as its
-    posterior."""
+    """The same with posterior.py's own factorised q, for a model made to have it as its posterior:
+    one model for every T, since its gates know the steps left."""
     s, x0 = scores(L), X0[L]
-    model = model_that_follows(s, x0, T)
+    model = model_that_follows(s, x0)
     assert close(elbo(model, s, x0, T), log_p_marginal(model, x0, T))
+
+
+def test_gates_that_do_not_know_the_steps_left_cannot_follow_q_for_every_T():
+    """The same model, with the gates of 2 steps left for any number: tight at T = 2, not at 3."""
+    s, x0 = scores(), X0[3]
+    model = model_that_follows(s, x0)
+    with torch.no_grad():
+        model.table[..., V:] = model.table[..., model.gate_column(2), None]
+    gaps = [log_p_marginal(model, x0, T) - elbo(model, s, x0, T) for T in (2, 3)]
+    assert close(gaps[0], 0) and gaps[1] > 1e-3
 
 
 # --- Eq. 5, 6: one step ---------------------------------------------------------------------------
@@ -235,15 +269,28 @@ def test_step_kl_is_the_kl_between_the_two_laws_of_the_gates(L, T):
     for o in possible_orders(s, T):
         for t in range(1, max(o) + 1):
             # orders that share the steps before t, one for each way in which step t can go on
-            following = {
-                tuple(step == t for step in b): b
-                for b in orders(L, T)
-                if all(min(x, t) == min(y, t) for x, y in zip(o, b))
-            }
-            kl = sum(q * (q.log() - log_p_gates(model, x0, b, t, T)) for b in following.values()
-                     if (q := q_step(s, b, t, T)) > 0)
-            logs = step_logs(model, s, x0, o, t, T)
-            assert close(logs["kl"], kl) and kl >= -1e-12
+            following = {}
+            for b in orders(L, T):
+                if all(min(x, t) == min(y, t) for x, y in zip(o, b)):
+                    following[tuple(step == t for step in b)] = b
+            kl = 0.0
+            for b in following.values():
+                q = q_step(s, b, t, T)
+                if q > 0:
+                    kl += q * (q.log() - log_p_gates(model, x0, b, t, T))
+            assert close(step_logs(model, s, x0, o, t, T)["kl"], kl) and kl >= -1e-12
+
+
+def test_a_step_costs_what_its_state_and_the_steps_left_say_whatever_T():
+    """Two positions revealed in one step of 3 or in two of 4: the same state with 2 steps left. In
+    one step of 4 there are 3 left, and p knows it."""
+    model, s, x0 = TableModel(4), scores(4), X0[4]
+    in_one_of_3 = step_logs(model, s, x0, (1, 1, 2, 3), t=2, T=3)
+    in_two_of_4 = step_logs(model, s, x0, (2, 1, 3, 4), t=3, T=4)
+    in_one_of_4 = step_logs(model, s, x0, (1, 1, 2, 3), t=2, T=4)
+    for name in ("elbo", "recon", "kl"):
+        assert close(in_one_of_3[name], in_two_of_4[name])
+    assert abs(in_one_of_3["kl"] - in_one_of_4["kl"]) > 1e-3
 
 
 @pytest.mark.parametrize("L, T", SIZES)
@@ -254,22 +301,23 @@ def test_rao_blackwellisation_lowers_the_variance_of_each_step(L, T):
     model, s, x0 = TableModel(L), scores(L), X0[L]
     law = possible_orders(s, T)
 
-    def variance(values):
-        mean = sum(w * v for w, v in values)
-        return sum(w * (v - mean) ** 2 for w, v in values).item()
+    def mean(values):
+        return sum(weight * value for weight, value in values)
 
-    blackwell = {t: [(q, step_term(model, s, x0, o, t, T)) for o, q in law.items()]
-                 for t in range(1, T + 1)}
-    plain = {t: [(q, plain_step(model, s, x0, o, t, T).detach()) for o, q in law.items()]
-             for t in range(1, T + 1)}
+    def variance(values):
+        center = mean(values)
+        return sum(weight * (value - center) ** 2 for weight, value in values).item()
+
+    blackwell_at_random, plain_at_random = [], []
     for t in range(1, T + 1):
-        assert close(sum(w * v for w, v in blackwell[t]), sum(w * v for w, v in plain[t]))
-        assert (
-            variance(blackwell[t]) < variance(plain[t]) - 1e-3 or t == T
-        )  # no gates are left to average at T
-    both = [variance([(w / T, T * v) for values in terms.values() for w, v in values])
-            for terms in (blackwell, plain)]
-    assert both[0] < both[1] - 1e-3 or T == 1
+        blackwell = [(q, step_term(model, s, x0, o, t, T)) for o, q in law.items()]
+        plain = [(q, plain_step(model, s, x0, o, t, T).detach()) for o, q in law.items()]
+        assert close(mean(blackwell), mean(plain))
+        # at T no gates are left to average
+        assert variance(blackwell) < variance(plain) - 1e-3 or t == T
+        blackwell_at_random += [(q / T, T * value) for q, value in blackwell]
+        plain_at_random += [(q / T, T * value) for q, value in plain]
+    assert variance(blackwell_at_random) < variance(plain_at_random) - 1e-3 or T == 1
 
 
 def test_at_the_true_posterior_the_plain_sum_is_constant_and_the_rao_blackwellised_is_not():
@@ -278,50 +326,54 @@ def test_at_the_true_posterior_the_plain_sum_is_constant_and_the_rao_blackwellis
     with."""
     T = 3
     s, x0 = scores(), X0[3]
-    model = model_that_follows(s, x0, T)
-    law = possible_orders(s, T)
-    plain = [sum(plain_step(model, s, x0, o, t, T) for t in range(1, T + 1)).item() for o in law]
-    blackwell = [sum(step_term(model, s, x0, o, t, T) for t in range(1, T + 1)).item() for o in law]
+    model = model_that_follows(s, x0)
+    plain, blackwell = [], []
+    for o in possible_orders(s, T):
+        steps = range(1, T + 1)
+        plain.append(sum(plain_step(model, s, x0, o, t, T) for t in steps).item())
+        blackwell.append(sum(step_term(model, s, x0, o, t, T) for t in steps).item())
     assert max(plain) - min(plain) < 1e-10 and max(blackwell) - min(blackwell) > 0.1
 
 
-def terms_by_hand(model, x0, z):
-    h = model(None, torch.tensor([z]))[0]
-    return [model.log_p(h)[i, x0[i]] for i in range(len(x0))], model.gate_logits(h).sigmoid()
+def terms_by_hand(model, x0, z, steps_left):
+    """log p(x0^i | z) and alpha^i, (L,) each, from the rows of the table."""
+    table = model.table[model.row(torch.tensor(z))]
+    log_p = table[:, :V].log_softmax(-1)
+    alpha = table[:, model.gate_column(steps_left)].sigmoid()
+    return log_p[torch.arange(len(x0)), list(x0)], alpha
 
 
 def test_one_step_costs_all_tokens_and_no_gates():
     model, x0 = TableModel(), X0[3]
-    log_p, _ = terms_by_hand(model, x0, [V, V, V])
+    log_p, _ = terms_by_hand(model, x0, [V, V, V], steps_left=1)
     logs = step_logs(model, scores(), x0, (1, 1, 1), 1, T=1)
-    assert close(logs["recon"], sum(log_p)) and logs["kl"] == 0
+    assert close(logs["recon"], log_p.sum()) and logs["kl"] == 0
 
 
 def test_equal_scores_reveal_everything_at_once():
     """q = 1 everywhere: p pays for opening all its gates, given that one opens."""
     model, x0 = TableModel(), X0[3]
-    log_p, alpha = terms_by_hand(model, x0, [V, V, V])
-    logs = step_logs(model, torch.zeros(3, dtype=torch.float64), x0, (1, 1, 1), 1, T=2)
-    assert close(logs["recon"], sum(log_p)) and close(
-        logs["kl"], -(alpha.prod() / (1 - (1 - alpha).prod())).log()
-    )
-    done = step_logs(model, torch.zeros(3, dtype=torch.float64), x0, (1, 1, 1), 2, T=2)
+    equal = torch.zeros(3, dtype=torch.float64)
+    log_p, alpha = terms_by_hand(model, x0, [V, V, V], steps_left=2)
+    p_of_all = alpha.prod() / (1 - (1 - alpha).prod())
+    logs = step_logs(model, equal, x0, (1, 1, 1), 1, T=2)
+    assert close(logs["recon"], log_p.sum()) and close(logs["kl"], -p_of_all.log())
+    done = step_logs(model, equal, x0, (1, 1, 1), 2, T=2)
     assert done["recon"] == 0 and done["kl"] == 0  # nothing is left for step 2
 
 
 def test_far_scores_reveal_one_position_at_a_time():
-    model, x0, order = TableModel(), X0[3], (3, 1, 2)
+    model, x0 = TableModel(), X0[3]
     s = torch.tensor([-1e3, 1e3, 0.0], dtype=torch.float64)
-    log_p, alpha = terms_by_hand(model, x0, [V, V, V])
-    logs = step_logs(model, s, x0, order, 1, T=3)
-    assert close(logs["recon"], log_p[1])
-    assert close(logs["kl"],
-                 -(alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())).log())
+    log_p, alpha = terms_by_hand(model, x0, [V, V, V], steps_left=3)
+    p_of_the_best = alpha[1] * (1 - alpha[0]) * (1 - alpha[2]) / (1 - (1 - alpha).prod())
+    logs = step_logs(model, s, x0, (3, 1, 2), 1, T=3)
+    assert close(logs["recon"], log_p[1]) and close(logs["kl"], -p_of_the_best.log())
 
 
 def test_the_last_position_opens_for_certain_and_costs_no_kl():
     model, x0 = TableModel(), X0[3]
-    log_p, _ = terms_by_hand(model, x0, [x0[0], V, x0[2]])
+    log_p, _ = terms_by_hand(model, x0, [x0[0], V, x0[2]], steps_left=2)
     logs = step_logs(model, scores(), x0, (1, 2, 1), 2, T=3)
     assert close(logs["recon"], log_p[1]) and close(logs["kl"], 0)
 
@@ -332,45 +384,59 @@ def trajectory(model, s, x0, chosen, _, T):
     """The full-trajectory estimator, for reference: all T steps of every order, each step's gates
     with the leave-one-out advantage of the steps after it (reward-to-go). It needs T forward passes
     per order, train.py's form one, and one per example; both have the same expectation."""
-    reveal_step, x0_k = torch.tensor(chosen), torch.tensor(x0).expand(len(chosen), -1)  # (K, L)
+    reveal_step = torch.tensor(chosen)                                       # (N, K, L)
+    x0 = torch.tensor(x0).expand(reveal_step.shape)
     terms, log_q_step = [], []
     for t in range(1, T + 1):
-        masked, opens, last = reveal_step >= t, reveal_step == t, torch.tensor([t == T])
-        h = model(None, x0_k.masked_fill(masked, V))
-        log_q = posterior.log_gate_probs(s.expand(masked.shape), masked, T - t + 1, TAU)
-        recon, kl = posterior.step_terms(log_p_of(model, h, x0_k, masked), model.gate_logits(h),
-                                         log_q, masked, last)
-        terms.append(recon - kl)  # L_t (K,)
-        log_q_step.append(
-            torch.where(opens, log_q, posterior.log_complement(log_q)).sum(-1)
-        )  # log q(r_t | z_t)
-    terms, log_q_step = torch.stack(terms), torch.stack(log_q_step)  # (T, K)
-    to_go = terms.detach().flip(0).cumsum(0).flip(0) - terms.detach()  # sum_{t' > t} L_t'
-    surrogate = (posterior.leave_one_out(to_go) * log_q_step).sum(0)
-    return (terms.sum(0) + surrogate).mean(), None
+        masked = reveal_step >= t
+        opens = reveal_step == t
+        steps_left = torch.full_like(reveal_step[..., :1], T - t + 1)        # (N, K, 1)
+        h = model(None, x0.masked_fill(masked, V))
+        log_q = posterior.log_gate_probs(s[:, None].expand(masked.shape), masked, T - t + 1,
+                                         TAU)
+        recon = (log_q.exp() * log_p_of(model, h, x0, masked)).sum(-1)
+        gate_logits = model.gate_logits(h, masked, steps_left)
+        terms.append(recon - posterior.step_kl(log_q, gate_logits, masked, steps_left == 1))
+        log_q_gates = torch.where(opens, log_q, posterior.log_one_minus(log_q))
+        log_q_step.append(log_q_gates.sum(-1))                               # log q(r_t | z_t)
+    terms = torch.stack(terms)                                               # L_t, (T, N, K)
+    to_go = terms.detach().flip(0).cumsum(0).flip(0) - terms.detach()        # sum_{u > t} L_u
+    advantage = torch.stack([posterior.leave_one_out(value) for value in to_go])
+    surrogate = (advantage * torch.stack(log_q_step)).sum(0)                 # (N, K)
+    return (terms.sum(0) + surrogate).mean(-1), None
 
 
-def gradient_moments(estimator, model, s, x0, T, K, steps):
-    """Mean and variance of the estimator's gradient for (theta, phi), summed over all K-tuples of
-    orders and all `steps`, each with its probability."""
+def mean_gradient(estimator, model, s, x0, T, K, steps):
+    """The mean of the estimator's gradient for (theta, phi), and the total variance of phi's: sums
+    over all K-tuples of orders and all `steps`, each with its probability."""
     law = possible_orders(s, T)
-    first, second = [0.0, 0.0], [0.0, 0.0]
-    for chosen in itertools.product(law, repeat=K):
-        weight = torch.tensor([law[o] for o in chosen], dtype=torch.float64).prod() / len(steps)
-        for t in steps:
-            gradient = torch.autograd.grad(estimator(model, s, x0, chosen, t, T)[0],
-                                           (model.table, s), allow_unused=True,
-                                           materialize_grads=True)
-            for i, g in enumerate(gradient):
-                first[i], second[i] = first[i] + weight * g, second[i] + weight * g ** 2
-    return first, [b - a ** 2 for a, b in zip(first, second)]
+    chosen, t, weight = [], [], []
+    for some in itertools.product(law, repeat=K):
+        for step in steps:
+            chosen.append(some)
+            t.append(step)
+            weight.append(torch.tensor([law[o] for o in some], dtype=torch.float64).prod())
+    weight = torch.stack(weight) / len(steps)                                # (N,)
+
+    # Every copy gets scores of its own, so one backward pass gives the gradient of each.
+    own_s = s.detach().expand(len(t), -1).clone().requires_grad_()           # (N, L)
+    value, _ = estimator(model, own_s, x0, chosen, t, T)
+    theta, phi = torch.autograd.grad((weight * value).sum(), (model.table, own_s),
+                                     allow_unused=True, materialize_grads=True)
+    mean = phi.sum(0)
+    variance = (phi**2 / weight[:, None]).sum(0) - mean**2
+    return (theta, mean), variance.sum()
+
+
+def exact_gradient(model, s, bound):
+    """Of the enumerated bound, for (theta, phi)."""
+    return torch.autograd.grad(bound, (model.table, s), allow_unused=True, materialize_grads=True)
 
 
 def assert_gradient_is_exact(estimator, L, T, K, steps):
     model, s, x0 = TableModel(L), scores(L), X0[L]
-    exact = torch.autograd.grad(exact_elbo(model, s, x0, T), (model.table, s), allow_unused=True,
-                                materialize_grads=True)
-    mean, _ = gradient_moments(estimator, model, s, x0, T, K, steps)
+    exact = exact_gradient(model, s, exact_elbo(model, s, x0, T))
+    mean, _ = mean_gradient(estimator, model, s, x0, T, K, steps)
     for a, b in zip(mean, exact):
         assert (a - b).abs().max() < 1e-10
     assert T == 1 or exact[1].abs().max() > 1e-3  # there was something to get wrong
@@ -387,31 +453,54 @@ def test_gradient_is_exact_in_expectation(L, T, K):
 @pytest.mark.parametrize("K", [2, 3])
 @pytest.mark.parametrize("L, T", SIZES)
 def test_trajectory_gradient_is_exact_in_expectation(L, T, K):
-    assert_gradient_is_exact(trajectory, L, T, K, [None])
+    assert_gradient_is_exact(trajectory, L, T, K, [1])
+
+
+def test_one_model_learns_the_bounds_of_every_number_of_steps():
+    """One table, one q and one critic, T = 1, 2 and 3 equally often: the mean gradient is that of
+    the mean bound. With T steps in all, the gates with 2 to T left learn, and no others."""
+    model, s, x0 = TableModel(), scores(), X0[3]
+    total = 0.0
+    learned = 0.0
+    for T in (1, 2, 3):
+        total = total + exact_elbo(model, s, x0, T) / 3
+        (theta, _), _ = mean_gradient(two_steps, model, s, x0, T, 2, later_steps(T))
+        learned = learned + theta / 3
+        gates = theta[..., V:].abs().amax(dim=(0, 1)) > 0                    # by steps left
+        assert gates.tolist() == [2 <= steps_left <= T for steps_left in range(1, MAX_STEPS + 1)]
+    exact, _ = exact_gradient(model, s, total)
+    assert (learned - exact).abs().max() < 1e-10
 
 
 def test_leave_one_out_is_value_minus_mean_of_the_others():
     value = torch.randn(5, 4, dtype=torch.float64)
-    expected = torch.stack([value[:, k] - value[:, [j for j in range(4) if j != k]].mean(1)
-                            for k in range(4)], 1)
+    expected = torch.empty_like(value)
+    for k in range(4):
+        others = [j for j in range(4) if j != k]
+        expected[:, k] = value[:, k] - value[:, others].mean(1)
     assert torch.allclose(posterior.leave_one_out(value), expected, atol=1e-12)
 
 
 def test_a_row_of_a_batch_is_what_it_is_alone():
     """Different answers, scores, orders and steps side by side: no row's baseline, path or critic
     touches another."""
-    T, model, w = 3, TableModel(), torch.cat([critic(3, 3, seed) for seed in range(3)])
-    rows = [(scores(seed=1), (1, 0, 1), [(1, 2, 3), (1, 1, 2)], 2),
-            (scores(seed=2), (0, 0, 1), [(2, 1, 1), (1, 1, 1)], 2),
-            (scores(seed=3), (1, 1, 0), [(3, 2, 1), (2, 1, 2)], 3)]
+    T, model = 4, TableModel(4)
+    w = torch.cat([any_w(4, seed) for seed in range(3)])
+    rows = [(scores(4, seed=1), (1, 0, 1, 1), [(1, 2, 3, 2), (1, 1, 2, 3)], 2),
+            (scores(4, seed=2), (0, 0, 1, 0), [(2, 1, 1, 3), (1, 1, 1, 1)], 2),
+            (scores(4, seed=3), (1, 1, 0, 1), [(3, 2, 1, 4), (2, 1, 2, 3)], 3)]
     s, x0, chosen, t = zip(*rows)
-    together, logs = posterior.objective(model, torch.stack(s), w, NO_PROMPT.expand(3, 0),
-                                         torch.tensor(x0), torch.tensor(chosen), torch.tensor(t),
-                                         T, TAU)
-    alone = [two_steps(model, *row, T, w[i : i + 1]) for i, row in enumerate(rows)]
-    for i, (value, one) in enumerate(alone):
-        assert close(together[i], value) and all(close(logs[name][i], one[name]) for name in one)
-    total = sum(value for value, _ in alone)
+    s_rows = torch.stack(s)
+    path = torch.tensor(chosen), torch.tensor(t), T, TAU
+    terms = critic.critic_terms(s_rows, w, *path)
+    together, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(3, 0), torch.tensor(x0),
+                                         *path, critic_terms=terms)
+    total = 0.0
+    for i, (s_i, x0_i, chosen_i, t_i) in enumerate(rows):
+        value, alone = two_steps(model, s_i, x0_i, [chosen_i], [t_i], T, w[i : i + 1])
+        assert close(together[i], value)
+        assert all(close(logs[name][i], alone[name]) for name in alone)
+        total = total + value.sum()
     for a, b in zip(torch.autograd.grad(together.sum(), (model.table, *s)),
                     torch.autograd.grad(total, (model.table, *s))):
         assert (a - b).abs().max() < 1e-12
@@ -421,10 +510,11 @@ def weighted_elbo(model, s, x0, T, kl_weight):
     """E_q sum_t recon_t - kl_weight KL_t, gate by gate."""
     total = 0.0
     for o in possible_orders(s, T):
-        tokens = sum(log_p_tokens(model, x0, o, t) for t in range(1, max(o) + 1))
-        gates = q_of(s, o, T).log() - sum(log_p_gates(model, x0, o, t, T)
-                                          for t in range(1, max(o) + 1))
-        total = total + q_of(s, o, T) * (tokens - kl_weight * gates)
+        q = q_of(s, o, T)
+        steps = range(1, max(o) + 1)
+        tokens = sum(log_p_tokens(model, x0, o, t) for t in steps)
+        gates = q.log() - sum(log_p_gates(model, x0, o, t, T) for t in steps)
+        total = total + q * (tokens - kl_weight * gates)
     return total
 
 
@@ -433,38 +523,54 @@ def test_kl_weight_spares_q_only(L, T):
     """In expectation, advantage included: theta's gradient is that of the whole bound, phi's that
     of recon - kl_weight KL. The logged bound has no weight."""
     model, s, x0 = TableModel(L), scores(L), X0[L]
-    def estimator(*args):
+
+    def softened(*args):
         return two_steps(*args, kl_weight=0.3)
-    (theta, phi), _ = gradient_moments(estimator, model, s, x0, T, 2, later_steps(T))
-    exact, = torch.autograd.grad(exact_elbo(model, s, x0, T), model.table)
-    weighted, = torch.autograd.grad(weighted_elbo(model, s, x0, T, 0.3), s)
+
+    (theta, phi), _ = mean_gradient(softened, model, s, x0, T, 2, later_steps(T))
+    exact, _ = exact_gradient(model, s, exact_elbo(model, s, x0, T))
+    _, weighted = exact_gradient(model, s, weighted_elbo(model, s, x0, T, 0.3))
     assert (theta - exact).abs().max() < 1e-10 and (phi - weighted).abs().max() < 1e-10
-    order = [next(iter(possible_orders(s, T)))] * 2
-    assert all(close(a, b) for (name, a), b in zip(estimator(model, s, x0, order, 2, T)[1].items(),
-                                                   two_steps(model, s, x0, order, 2, T)[1].values())
-               if name not in ("spread", "error"))
+
+    chosen = [[next(iter(possible_orders(s, T)))] * 2]
+    _, with_weight = softened(model, s, x0, chosen, [2], T)
+    _, without = two_steps(model, s, x0, chosen, [2], T)
+    for name in ("elbo", "recon", "kl"):
+        assert close(with_weight[name], without[name])
+
+
+def test_the_logged_bound_is_the_reconstruction_less_the_kl():
+    """And none of the three carries a gradient."""
+    _, logs = two_steps(TableModel(), scores(), X0[3], [[(1, 2, 3), (2, 1, 1)]], [2], 3)
+    assert close(logs["elbo"], logs["recon"] - logs["kl"]) and logs["kl"] > 0
+    assert not any(log.requires_grad for log in logs.values())
 
 
 @pytest.mark.parametrize("L, T", [(3, 3), (4, 2)])
 def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
     """draw_orders_and_steps and objective, two different answers and a batch that is no multiple of
     T - 1: within 4 standard errors over 100 batches."""
-    model, s, generator, batches = TableModel(L), scores(L), torch.Generator().manual_seed(0), []
-    other, B = tuple(1 - token for token in X0[L]), 501
+    model, s, w = TableModel(L), scores(L), any_w(L)
+    other = tuple(1 - token for token in X0[L])
     x0 = torch.tensor([X0[L]] * 251 + [other] * 250)
-    share = {X0[L]: 251 / 501, other: 250 / 501}
+    B = len(x0)
+    s_rows = s.expand(B, -1)
+    generator = torch.Generator().manual_seed(0)
+    batches = []
     for _ in range(100):
-        drawn = posterior.draw_orders_and_steps(s.expand(B, -1), 4, T, TAU, generator)
-        value, logs = posterior.objective(model, s.expand(B, -1),
-                                          critic(L, T).expand(B, -1, -1, -1),
-                                          NO_PROMPT.expand(B, 0), x0, *drawn, T, TAU)
+        path = (*posterior.draw_orders_and_steps(s_rows, 4, T, TAU, generator), T, TAU)
+        terms = critic.critic_terms(s_rows, w.expand(B, -1, -1, -1), *path)
+        value, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(B, 0), x0, *path,
+                                          critic_terms=terms)
         gradient = torch.autograd.grad(value.mean(), (model.table, s))
         batches.append(torch.cat([logs["elbo"].mean()[None], *(g.flatten() for g in gradient)]))
     batches = torch.stack(batches)
-    exact = sum(share[x] * exact_elbo(model, s, x, T) for x in share)
-    exact = torch.cat([exact[None].detach(),
-                       *(g.flatten() for g in torch.autograd.grad(exact, (model.table, s)))])
-    error, standard = (batches.mean(0) - exact).abs(), batches.std(0) / len(batches) ** 0.5
+
+    exact = (251 * exact_elbo(model, s, X0[L], T) + 250 * exact_elbo(model, s, other, T)) / B
+    gradient = exact_gradient(model, s, exact)
+    exact = torch.cat([exact[None].detach(), *(g.flatten() for g in gradient)])
+    error = (batches.mean(0) - exact).abs()
+    standard = batches.std(0) / len(batches) ** 0.5
     assert (error <= 4 * standard + 1e-12).all()
     assert standard[0] < 0.01 * exact[0].abs()  # the test has power
 
@@ -473,29 +579,51 @@ def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
 def test_each_later_step_is_drawn_equally_often_by_every_row(T):
     s, generator = torch.zeros(4, 2), torch.Generator().manual_seed(0)
     t = torch.stack([posterior.draw_orders_and_steps(s, 2, T, 1.0, generator)[1]
-                     for _ in range(4000)])
+                     for _ in range(1500)])
     later = max(T - 1, 1)
-    counts = torch.stack([(t == min(step, T)).sum(0) for step in range(2, 2 + later)]) / 4000
-    assert (counts.sum(0) - 1).abs().max() < 1e-5 and (counts - 1 / later).abs().max() < 0.04
+    shares = torch.stack([(t == min(step, T)).double().mean(0) for step in range(2, 2 + later)])
+    assert (shares.sum(0) - 1).abs().max() < 1e-5 and (shares - 1 / later).abs().max() < 0.05
     assert T < 3 or (t[:, 0] != t[:, 1]).all()  # stratified: rows in a row see different steps
 
 
-def test_the_logs_are_those_of_the_orders():
-    """q_entropy in nats per step, by hand, at two orders of different lengths."""
-    T, model, s, x0 = 3, TableModel(), scores(), X0[3]
-    first, second, *_ = sorted(possible_orders(s, T), key=max)
-    first, second = first, next(o for o in possible_orders(s, T) if max(o) == 3)
-    def entropy(order, t):
-        gates = (torch.stack([*q_gates(s, order, t, T).values()]) if max(order) >= t
-                 else torch.ones(1))
-        xlogy = torch.special.xlogy
-        return -(xlogy(gates, gates) + xlogy(1 - gates, 1 - gates)).sum()
-    logs = two_steps(model, s, x0, [first, second], 2, T)[1]
-    later = sum(entropy(o, 2) for o in (first, second)) / 2
-    assert close(logs["q_entropy"], (entropy(first, 1) + (T - 1) * later) / T)
-
-
 # --- Eq. 8: the critic ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("T", [2, 3, 4])
+def test_the_critic_s_terms_are_those_of_eq_8_with_steps_counted_from_the_end(T):
+    """b_t and the correction by hand, gate by gate. w is looked up by the steps left at u and at t,
+    so the numbers that T = 2 uses are those of the last two steps of every T."""
+    s, w = scores(4), any_w(4)
+    for o in list(possible_orders(s, T))[::3]:
+        for t in later_steps(T):
+            b, correction = 0.0, 0.0
+            for u in range(1, t):
+                for i, q in q_gates(s, o, u, T).items():
+                    opens = 1.0 if o[i] == u else 0.0
+                    w_ut = w[0, i, T - u, T - t]  # T - u + 1 left, and rows begin with 1 left
+                    b = b + w_ut * (opens - q.detach())
+                    correction = correction + w_ut * q
+            foretold, gives_back = critic.critic_terms(s[None], w, torch.tensor([[o]]),
+                                                       torch.tensor([t]), T, TAU)
+            assert close(foretold, b) and close(gives_back, correction)
+            found, = torch.autograd.grad(gives_back.sum(), s)
+            expected, = torch.autograd.grad(correction, s)
+            assert (found - expected).abs().max() < 1e-10
+            assert not foretold.requires_grad  # q does not learn to be foretold
+
+
+def test_without_a_critic_the_objective_is_that_of_a_critic_that_says_0():
+    model, s, x0 = TableModel(), scores(), X0[3]
+    chosen, t = torch.tensor([[(1, 2, 3), (2, 1, 1)]]), torch.tensor([3])
+    zero = torch.zeros_like(any_w(3))
+    value, logs = two_steps(model, s, x0, chosen.tolist(), [3], 3, w=zero)
+    plain, plain_logs = posterior.objective(model, s[None], NO_PROMPT, torch.tensor([x0]), chosen,
+                                            t, 3, TAU)
+    for a, b in zip(torch.autograd.grad(value.sum(), (model.table, s)),
+                    torch.autograd.grad(plain.sum(), (model.table, s))):
+        assert (a - b).abs().max() < 1e-12
+    assert plain_logs["critic_loss"] == 0
+    assert close(logs["critic_loss"], logs["reward_spread"])  # nothing is foretold
+
 
 def model_where_a_gate_matters():
     """Token 0 is certain once position 2 is known, and worth 6 nats less before."""
@@ -512,38 +640,108 @@ def test_a_fitted_critic_lowers_the_variance_and_moves_no_mean():
     it."""
     T, model, s, x0 = 3, model_where_a_gate_matters(), scores(), X0[3]
     law = possible_orders(s, T)
-    w = torch.zeros(1, 3, T, T, dtype=torch.float64, requires_grad=True)
+    chosen, t, weight = [], [], []
+    for a, b in itertools.product(law, repeat=2):
+        for step in later_steps(T):
+            chosen.append((a, b))
+            t.append(step)
+            weight.append(law[a] * law[b])
+    weight = torch.tensor(weight, dtype=torch.float64)
+    w = torch.zeros_like(any_w(3)).requires_grad_()
     optimizer = torch.optim.Adam([w], lr=0.7)
     for _ in range(20):
-        loss = -sum(law[a] * law[b] * two_steps(model, s, x0, [a, b], t, T, w)[0]
-                    for a in law for b in law for t in later_steps(T))
+        value, _ = two_steps(model, s, x0, chosen, t, T, w)
         optimizer.zero_grad()
-        loss.backward()
+        (-(weight * value).sum()).backward()
         optimizer.step()
-    moments = {}
-    for name, numbers in (("none", torch.zeros_like(w)), ("fitted", w.detach())):
+
+    def with_critic(numbers):
         def estimator(*args):
             return two_steps(*args, w=numbers)
-        mean, variance = gradient_moments(estimator, model, s, x0, T, 2, later_steps(T))
-        moments[name] = mean[1], variance[1].sum()
-    assert (moments["none"][0] - moments["fitted"][0]).abs().max() < 1e-10
-    assert moments["fitted"][1] < 0.5 * moments["none"][1]
+        return mean_gradient(estimator, model, s, x0, T, 2, later_steps(T))
+
+    (_, phi), variance = with_critic(torch.zeros_like(w))
+    (_, phi_fitted), variance_fitted = with_critic(w.detach())
+    assert (phi - phi_fitted).abs().max() < 1e-10
+    assert variance_fitted < 0.5 * variance
 
 
 def test_w_moves_by_its_squared_error_alone_and_moves_nothing_else():
     T, model, s, x0, chosen = 3, TableModel(), scores(), X0[3], [(1, 2, 3), (2, 1, 1)]
-    w = critic(3, T).requires_grad_()
-    value, logs = two_steps(model, s, x0, chosen, 3, T, w)
-    theta, by_w = torch.autograd.grad(value, (model.table, w))
-    without, = torch.autograd.grad(two_steps(model, s, x0, chosen, 3, T, 0 * w)[0], model.table)
-    assert torch.equal(theta, without)  # p's gradient knows no critic
-    _, b, _ = posterior.path_before(s[None], w, torch.tensor([chosen]), torch.tensor([3]), T, TAU)
-    terms = torch.stack([step_term(model, s, x0, o, 3, T) for o in chosen]).detach()
-    gap = (terms[0] - b[0, 0]) - (terms[1] - b[0, 1])  # leave-one-out of two: plus and minus this
-    assert close(logs["error"], gap.detach() ** 2)
-    assert close(logs["spread"], (terms[0] - terms[1]) ** 2)
+    w = any_w(3).requires_grad_()
+    value, logs = two_steps(model, s, x0, [chosen], [3], T, w)
+    theta, by_w = torch.autograd.grad(value.sum(), (model.table, w))
+    without, _ = two_steps(model, s, x0, [chosen], [3], T, 0 * w)
+    theta_without, = torch.autograd.grad(without.sum(), model.table)
+    assert torch.equal(theta, theta_without)  # p's gradient knows no critic
+
+    b, _ = critic.critic_terms(s[None], w, torch.tensor([chosen]), torch.tensor([3]), T, TAU)
+    first, second = [step_term(model, s, x0, o, 3, T).detach() for o in chosen]
+    gap = (first - b[0, 0]) - (second - b[0, 1])  # leave-one-out of two: plus and minus this
+    assert close(logs["critic_loss"], gap.detach() ** 2)
+    assert close(logs["reward_spread"], (first - second) ** 2)
     expected, = torch.autograd.grad(-gap**2, w)
     assert (by_w - expected).abs().max() < 1e-10 and by_w.abs().max() > 1e-3
+
+
+def test_the_critic_says_0_at_first_and_does_not_teach_what_it_reads():
+    torch.manual_seed(0)
+    network = critic.Critic(n_features=6, width=5, max_steps=3)
+    features = torch.randn(2, 4, 6, requires_grad=True)
+    w = network(features)
+    assert w.shape == (2, 4, 3, 3) and not w.any()
+    torch.nn.init.normal_(network.net[-1].weight)
+    w = network(features)
+    w.square().sum().backward()
+    assert features.grad is None and network.net[0].weight.grad.any()
+    assert len(w.unique()) == w.numel()  # a number of its own for each pair of steps
+
+
+def test_the_critic_reads_q_s_hidden_state_and_the_tokens_at_their_positions():
+    q = any_posterior()
+    prompt, x0 = torch.tensor([[1, 2]]), torch.tensor([[3, 4, 3, 5, 3]])
+    _, h = q(prompt, x0)
+    features = critic.critic_features(q, h, x0)
+    trunk, P = q.trunk, q.trunk.config.prompt_len
+    embedded = torch.stack([trunk.token.weight[token] + trunk.position.weight[P + i]
+                            for i, token in enumerate(x0[0].tolist())])
+    assert torch.equal(features[0], torch.cat([h[0], embedded], dim=-1))
+
+
+# --- the network of q -----------------------------------------------------------------------------
+
+TINY = ModelConfig(vocab_size=11, prompt_len=6, answer_len=5, n_layer=2, n_head=2, n_embd=16)
+
+
+def any_posterior(seed=0):
+    torch.manual_seed(seed)
+    q = posterior.OrderPosterior(TINY)
+    for p in q.parameters():  # projections start at 0, which would hide everything
+        torch.nn.init.normal_(p, std=0.3)
+    return q
+
+
+def test_scores_have_mean_0_and_spread_1_in_each_answer():
+    """Row by row: what stands beside an answer does not move its scores."""
+    q = any_posterior()
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 10]])
+    x0 = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+    s, _ = q(prompt, x0)
+    assert s.mean(-1).abs().max() < 1e-5
+    assert (s.std(-1, correction=0) - 1).abs().max() < 1e-2
+    assert torch.allclose(q(prompt[:1], x0[:1])[0], s[:1], atol=1e-4)
+
+
+def test_q_reads_every_token_of_prompt_and_answer_in_its_place():
+    q = any_posterior()
+    prompt, x0 = torch.tensor([[1, 2, 3]]), torch.tensor([[3, 1, 4, 1, 5]])
+    before, _ = q(prompt, x0)
+    for other in ([2, 1, 3], [1, 3, 2], [4, 2, 3], [1, 4, 3], [1, 2, 4]):
+        assert (q(torch.tensor([other]), x0)[0] - before).abs().max() > 1e-3
+    for i in range(5):
+        other = x0.clone()
+        other[0, i] = 8
+        assert (q(prompt, other)[0] - before).abs().max() > 1e-3
 
 
 # --- numerics -------------------------------------------------------------------------------------
@@ -552,41 +750,65 @@ def test_w_moves_by_its_squared_error_alone_and_moves_nothing_else():
 def test_gradients_stay_finite(values):
     """Ties, extreme scores, one position left, nothing left; float32."""
     model = TableModel().float()
-    s = torch.tensor(values, requires_grad=True)
+    s = torch.tensor([values], requires_grad=True)
     generator = torch.Generator().manual_seed(0)
-    reveal_step = torch.cat([posterior.sample_orders(s[None], 4, 3, 0.1, generator),
-                             torch.ones(1, 1, 3, dtype=torch.long)], 1)
+    drawn = posterior.sample_orders(s, 4, 3, 0.1, generator)
+    reveal_step = torch.cat([drawn, torch.ones(1, 1, 3, dtype=torch.long)], 1)
+    w = torch.ones(1, 3, MAX_STEPS, MAX_STEPS)
     for t in (2, 3):
-        value, _ = posterior.objective(model, s[None], torch.ones(1, 3, 3, 3), NO_PROMPT,
-                                       torch.tensor([X0[3]]), reveal_step, torch.tensor([t]), 3,
-                                       0.1)
+        path = reveal_step, torch.tensor([t]), 3, 0.1
+        value, _ = posterior.objective(model, s, NO_PROMPT, torch.tensor([X0[3]]), *path,
+                                       critic_terms=critic.critic_terms(s, w, *path))
         theta, phi = torch.autograd.grad(value.sum(), (model.table, s))
         assert value.isfinite() and theta.isfinite().all() and phi.isfinite().all()
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e4])
 def test_gradients_stay_finite_under_bfloat16_autocast(spread):
-    """The real networks, from nearly equal to extreme scores and gates. Scores and
-    log-probabilities leave autocast in float32: in bfloat16, scores that differ by less than 1 %
-    would tie."""
+    """The real networks, from nearly equal to extreme scores and gates."""
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=11, prompt_len=6, answer_len=8, n_layer=2, n_head=2, n_embd=16)
-    model, order_posterior = MDM(config), posterior.OrderPosterior(config, T=4)
-    parameters = [*model.parameters(), *order_posterior.parameters()]
+    model, q = MDM(config), posterior.OrderPosterior(config)
+    network = critic.Critic(2 * config.n_embd, config.n_embd, config.max_steps)
+    parameters = [*model.parameters(), *q.parameters(), *network.parameters()]
     for p in parameters:
         torch.nn.init.normal_(p, std=0.3)
     with torch.no_grad():
-        order_posterior.score_head.weight *= spread
-        model.gate_head.weight *= spread
+        q.score_head.weight *= spread
+        for p in model.gate_head.parameters():
+            p *= spread
     prompt, x0 = torch.randint(9, (6, 4)), torch.randint(9, (6, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        s, w = order_posterior(prompt, x0)
+        s, h = q(prompt, x0)
+        w = network(critic.critic_features(q, h, x0))
         drawn = posterior.draw_orders_and_steps(s, 4, 4, 0.1, torch.Generator().manual_seed(0))
-        value, _ = posterior.objective(model, s, w, prompt, x0, *drawn, 4, 0.1)
+        terms = critic.critic_terms(s, w, *drawn, 4, 0.1)
+        value, _ = posterior.objective(model, s, prompt, x0, *drawn, 4, 0.1, critic_terms=terms)
     gradients = torch.autograd.grad(value.sum(), parameters)
-    assert s.dtype == w.dtype == value.dtype == torch.float32
-    assert len(s.unique()) > 0.9 * s.numel() and value.isfinite().all()
+    assert w.dtype == value.dtype == torch.float32 and value.isfinite().all()
     assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
+def test_scores_and_gates_are_made_in_float32_under_bfloat16_autocast():
+    """In bfloat16, scores that differ by less than 1 % would tie, and gates would be as coarse.
+    From one hidden state these heads make the same numbers inside autocast and outside."""
+    q, model = any_posterior(), MDM(TINY)
+    torch.nn.init.normal_(model.gate_head.weight)
+    h = torch.randn(64, 5, 16)
+    masked, steps_left = torch.ones(64, 5, dtype=torch.bool), torch.full((64, 1), 2)
+    q.trunk.forward = lambda cache, answer: h
+    prompt, x0 = torch.tensor([[1, 2, 3]]).expand(64, 3), torch.zeros(64, 5, dtype=torch.long)
+
+    def heads():
+        s, _ = q(prompt, x0)
+        return s, model.gate_logits(h, masked, steps_left), model.log_p(h)
+
+    outside = heads()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = heads()
+    assert all(a.dtype == torch.float32 for a in inside)
+    for a, b in zip(inside[:2], outside[:2]):  # the token head may multiply in bfloat16
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("T", [2, 3])
@@ -595,32 +817,37 @@ def test_the_real_networks_bound_what_they_can_write(T):
     bound is charged for all tokens, and stays below the likelihood of the sampler's law."""
     torch.manual_seed(1)
     config = ModelConfig(vocab_size=5, prompt_len=3, answer_len=3, n_layer=1, n_head=1, n_embd=8)
-    model, q = MDM(config).double(), posterior.OrderPosterior(config, T).double()
+    model, q = MDM(config), posterior.OrderPosterior(config)
     for p in [*model.parameters(), *q.parameters()]:
         torch.nn.init.normal_(p, std=0.4)
     prompt, x0 = torch.tensor([[1, 0]]), (2, config.eos, config.pad)
-    s, w = q(prompt, torch.tensor([x0]))
-    s = s.detach().double()[0]
-    law, exact, log_p = possible_orders(s, T), 0.0, []
-    for o in orders(3, T):
-        joint = 0.0
+    s = q(prompt, torch.tensor([x0]))[0].detach()
+
+    def log_p_of_order(o):
+        """Eq. 1 and 2, gate by gate and token by token."""
+        total = 0.0
         for t in range(1, max(o) + 1):
-            z = torch.tensor([[x if step < t else config.mask for x, step in zip(x0, o)]])
-            h = model(model.read(prompt), z)[0]
-            left = [i for i, step in enumerate(o) if step >= t]
-            alpha = model.gate_logits(h).sigmoid()
-            joint += sum(model.log_p(h)[i, x0[i]] for i in left if o[i] == t)
+            left = masked_at(o, t)
+            masked = torch.tensor([step >= t for step in o])
+            z = torch.tensor(x0).masked_fill(masked, config.mask)
+            h = model(model.encode_prompt(prompt), z[None])[0]
+            log_p = model.log_p(h)
+            total += sum(log_p[i, x0[i]] for i in left if o[i] == t)
             if t < T:
-                joint += sum((alpha[i] if o[i] == t else 1 - alpha[i]).log() for i in left)
-                joint -= (1 - torch.stack([1 - alpha[i] for i in left]).prod()).log()
-        log_p.append(joint)
-        if o in law:
-            exact += law[o] * (joint - q_of(s, o, T).log())
-    bound = sum(law[o] * posterior.objective(model, s[None], w.double(), prompt, torch.tensor([x0]),
-                                             torch.tensor([[o, o]]), torch.tensor([t]), T,
-                                             TAU)[1]["elbo"] for o in law
-                for t in later_steps(T)) / len(later_steps(T))
-    assert close(bound, exact.detach(), 1e-5) and bound < torch.logsumexp(torch.stack(log_p), 0)
+                alpha = model.gate_logits(h, masked, torch.tensor([T - t + 1])).sigmoid()
+                total += sum((alpha[i] if o[i] == t else 1 - alpha[i]).log() for i in left)
+                total -= (1 - torch.stack([1 - alpha[i] for i in left]).prod()).log()
+        return total
+
+    law, exact, bound = possible_orders(s[0].double(), T), 0.0, 0.0
+    for o, q_of_order in law.items():
+        exact += q_of_order * (log_p_of_order(o) - torch.tensor(q_of_order).log())
+        for t in later_steps(T):
+            _, logs = posterior.objective(model, s, prompt, torch.tensor([x0]),
+                                          torch.tensor([[o, o]]), torch.tensor([t]), T, TAU)
+            bound += q_of_order * logs["elbo"] / len(later_steps(T))
+    log_p = torch.logsumexp(torch.stack([log_p_of_order(o) for o in orders(3, T)]), 0)
+    assert close(bound, exact.detach(), 1e-4) and bound < log_p
 
 
 class Foreign(torch.nn.Module):
@@ -631,9 +858,10 @@ class Foreign(torch.nn.Module):
         self.config = SimpleNamespace(mask=mask)
         self.inside = torch.nn.Sequential(torch.nn.Embedding(mask + 1, D), torch.nn.Flatten(),
                                           torch.nn.Linear(L * D, L * D), torch.nn.Tanh())
-        self.tokens, self.gates = torch.nn.Linear(D, V), torch.nn.Linear(D, 1)
+        self.tokens = torch.nn.Linear(D, V)
+        self.gates = torch.nn.Linear(D, 1)
 
-    def read(self, prompt):
+    def encode_prompt(self, prompt):
         return prompt
 
     def forward(self, cache, z):
@@ -643,7 +871,8 @@ class Foreign(torch.nn.Module):
     def log_p(self, h):
         return self.tokens(h).log_softmax(-1)
 
-    def gate_logits(self, h):
+    def gate_logits(self, h, masked, steps_left):
+        assert steps_left.shape == (*masked.shape[:-1], 1)
         return self.gates(h).squeeze(-1)
 
 
@@ -651,13 +880,13 @@ def test_an_order_is_learned_with_a_denoiser_of_ones_own():
     """Two tokens that stand in either order: together they cost 2 log 2, one by one log 2."""
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=4, prompt_len=1, answer_len=2, n_layer=1, n_head=1, n_embd=8)
-    model, q = Foreign(config.mask, L=2, V=4), posterior.OrderPosterior(config, T=2)
+    model, q = Foreign(config.mask, L=2, V=4), posterior.OrderPosterior(config)
     optimizer = torch.optim.Adam([*model.parameters(), *q.parameters()], 0.01)
     x0, prompt = torch.tensor([[0, 1], [1, 0]]).repeat(8, 1), torch.zeros(16, 1, dtype=torch.long)
     for _ in range(200):
-        s, w = q(prompt, x0)
-        value, logs = posterior.objective(model, s, w, prompt, x0,
-                                          *posterior.draw_orders_and_steps(s, 2, 2, 0.3), 2, 0.3)
+        s, _ = q(prompt, x0)
+        drawn = posterior.draw_orders_and_steps(s, 2, 2, 0.3)
+        value, logs = posterior.objective(model, s, prompt, x0, *drawn, 2, 0.3)
         optimizer.zero_grad()
         (-value.mean()).backward()
         optimizer.step()

@@ -4,29 +4,38 @@ law against exact sums; what holds for any order.
 The definitions share nothing with sample.py: lists and floats instead of tensors, `sorted` and
 `max`, which keep or take the first of equals, instead of ranks."""
 
+import argparse
+import io
 import itertools
 import math
 import random
+import re
+import sys
 from collections import Counter
 from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import outcome
 from test_model import hidden, small_model
 
+import sample
 import tables
-from data import UserError
-from sample import ORDERS, Order, State, draw, generate, parse_order
+from common import UserError
+from data import build_tokenizer
+from model import load_checkpoint
+from sample import (ORDERS, Order, State, generate, parse_order, parse_steps, render,
+                    sample_categorical, whole_number)
 from tables import TableModel, answers, log_p_gates, log_p_tokens, orders
 
-V, EOS = 5, 3  # PAD is 4
-KNOBS = {"learned": [(), (0.3,), (0.6,)],
-         "threshold": [(0.35,), (0.5,), (0.95,)], "entropy_bound": [(0.0,), (0.7,), (3.0,)],
-         "dilated": [(1.0,), (2.0,), (3.0,)]}
+V = 5
+EOS = 3  # PAD is 4
+KNOBS = {"learned": [None, 0.3, 0.6, 0.99], "threshold": [0.35, 0.5, 0.95],
+         "entropy_bound": [0.0, 0.7, 3.0], "dilated": [1.0, 2.0, 3.0]}
 # Orders as a user names them, adaptive ones at knobs that reveal sometimes one, sometimes several.
-RULES = [*(name + {"entropy_bound": ":0.5", "threshold": ":0.5"}.get(name, "") for name in ORDERS),
-         "learned:0.5"]
+RULES = ["learned:0.5", "learned", "left_to_right", "confidence", "margin", "entropy", "dilated",
+         "iid", "threshold:0.5", "entropy_bound:0.5"]
 FLAGS = ["", "+eos_last"]
 EVERY_ORDER = [rule + flags for rule in RULES for flags in FLAGS]
 DRAWN = ("learned", "iid")  # without a knob
@@ -53,8 +62,9 @@ def random_rows(seed):
         masked[rng.randrange(L)] = True
         return SimpleNamespace(p=[rng.choice(some) for _ in range(L)], masked=masked, t=t, T=T,
                                alpha=rng.choices([0.05, 0.25, 0.5, 0.75, 0.95], k=L),
-                               u=[rng.random() for _ in range(L + 1)],
-                               u_row=[rng.choice([rng.random(), 0.5]) for _ in range(L)])
+                               gate_noise=[rng.random() for _ in range(L)],
+                               first_noise=rng.random(),
+                               order_noise=[rng.choice([rng.random(), 0.5]) for _ in range(L)])
 
     return [row() for _ in range(rng.randint(1, 4))]
 
@@ -65,7 +75,8 @@ def state_of(rows):
 
     return State(log_p=stack("p", torch.float32).log(), masked=stack("masked", torch.bool),
                  gate_logits=stack("alpha").logit().float(), t=rows[0].t, T=rows[0].T,
-                 u=stack("u"), u_row=stack("u_row"))
+                 gate_noise=stack("gate_noise"), first_noise=stack("first_noise"),
+                 order_noise=stack("order_noise"))
 
 
 def revealed(order, rows):
@@ -89,39 +100,40 @@ def even_share(score):
 
 
 def dilated(row, may, knob):
-    """Places by their bits read from behind; after step t a share (t / T)^knob is open."""
-    before, now, end = (t ** int(knob[0]) for t in (row.t - 1, row.t, row.T))
+    """Positions by their bits read from behind; after step t a share (t / T)^knob is open."""
+    before, now, end = (t ** int(knob) for t in (row.t - 1, row.t, row.T))
     share = max(1, len(may) * (now - before) // (end - before))
     return sorted(may, key=lambda i: f"{i:010b}"[::-1])[:share]
 
 
 def iid(row, may, knob):
     """The earliest of uniform times in 1..T."""
-    time = {i: math.floor(row.u_row[i] * row.T) for i in may}
+    time = {i: math.floor(row.order_noise[i] * row.T) for i in may}
     return [i for i in may if time[i] == min(time.values())]
 
 
 def threshold(row, may, knob):
-    return [i for i in may if max(row.p[i]) >= knob[0]] or [max(may, key=lambda i: max(row.p[i]))]
+    return [i for i in may if max(row.p[i]) >= knob] or [max(may, key=lambda i: max(row.p[i]))]
 
 
 def entropy_bound(row, may, knob):
     rising = sorted(may, key=lambda i: H(row, i))
     sums = [[H(row, i) for i in rising[:n]] for n in range(1, len(may) + 1)]
-    return rising[: sum(sum(some) - max(some) <= knob[0] for some in sums)]
+    return rising[: sum(sum(some) - max(some) <= knob for some in sums)]
 
 
 def learned(row, may, knob):
     """Eq. 1: p(first open gate = i) = alpha^i prod_{j<i} (1 - alpha^j), normalised, by inverse CDF;
-    gates after it are free. A knob: gates above it, and the likeliest, up to an even share."""
-    if not knob:
-        law = [row.alpha[i] * math.prod(1 - row.alpha[j] for j in may if j < i) for i in may]
-        assert math.isclose(sum(law), 1 - math.prod(1 - row.alpha[i] for i in may))
-        cdf = [sum(law[: n + 1]) / sum(law) for n in range(len(may))]
-        first = next(i for i, c in zip(may, cdf) if c > row.u[-1])
-        return [i for i in may if i == first or (i > first and row.u[i] < row.alpha[i])]
-    return {i for i in may if row.alpha[i] > knob[0]} | {
-        *even_share(lambda row, i: row.alpha[i])(row, may, knob)}
+    gates after it are free. With a knob: all gates above it, or the likeliest, the leftmost of
+    equals."""
+    if knob is not None:
+        return [i for i in may if row.alpha[i] > knob] or [max(may, key=lambda i: row.alpha[i])]
+    law = [row.alpha[i] * math.prod(1 - row.alpha[j] for j in may if j < i) for i in may]
+    assert math.isclose(sum(law), 1 - math.prod(1 - row.alpha[i] for i in may))
+    cdf = [sum(law[: n + 1]) / sum(law) for n in range(len(may))]
+    first = next(i for i, c in zip(may, cdf) if c > row.first_noise)
+    return [i for i in may
+            if i == first or (i > first and row.gate_noise[i] < row.alpha[i])]
 
 
 DEFINITIONS = {
@@ -141,14 +153,14 @@ def test_every_order_reveals_what_its_definition_says(name, flags):
     sizes, waited = set(), 0
     for seed in range(150):
         rows = random_rows(seed)
-        for knob in KNOBS.get(name, [()]):
+        for knob in KNOBS.get(name, [None]):
             order = Order(name, knob, bool(flags))
             for row, found in zip(rows, revealed(order, rows)):
                 masked = [i for i in range(len(row.p)) if row.masked[i]]
                 content = [i for i in masked if row.p[i].index(max(row.p[i])) < EOS]
                 may = content if order.eos_last and content else masked
-                right = sorted(DEFINITIONS[name](row, may, knob))
-                assert found == right
+                right = DEFINITIONS[name](row, may, knob)
+                assert found == sorted(right)
                 sizes.add(len(found))
                 waited += may != masked
     assert len(sizes) > 1 and bool(waited) == bool(flags)
@@ -156,11 +168,12 @@ def test_every_order_reveals_what_its_definition_says(name, flags):
 
 @pytest.mark.parametrize("order, n", [
     ("confidence", 4), ("margin", 4), ("entropy", 4), ("left_to_right", 4), ("entropy_bound:1", 2),
-    ("threshold:0.99", 1), ("learned:0.9", 4)])
+    ("threshold:0.99", 1), ("learned:0.9", 1)])
 def test_equals_are_taken_from_the_left(order, n):
     """40 positions alike, the even ones masked: more than what sorting keeps in place by chance."""
     alike = SimpleNamespace(p=[(0.7, 0.2, 0.05, 0.03, 0.02)] * 40, masked=[True, False] * 20, t=1,
-                            T=5, alpha=[0.5] * 40, u=[0.5] * 41, u_row=[0.5] * 40)
+                            T=5, alpha=[0.5] * 40, gate_noise=[0.5] * 40, first_noise=0.5,
+                            order_noise=[0.5] * 40)
     assert revealed(parse_order(order), [alike]) == [[2 * i for i in range(n)]]
 
 
@@ -172,7 +185,8 @@ def test_what_equals_the_knob(order, expected):
     """Reaching a threshold or a bound is enough, a gate has to be above its knob."""
     certain = (1.0, 0.0, 0.0, 0.0, 0.0)
     row = SimpleNamespace(p=[certain, certain, MENU[2], MENU[3]], masked=[True] * 4, t=1, T=4,
-                          alpha=[0.5, 0.5, 0.5, 0.75], u=[0.5] * 5, u_row=[0.5] * 4)
+                          alpha=[0.5, 0.5, 0.5, 0.75], gate_noise=[0.5] * 4, first_noise=0.5,
+                          order_noise=[0.5] * 4)
     state = state_of([row])
     state.log_p.clamp_(min=-200)  # finite, as the model's
     assert [i for i in range(4) if parse_order(order)(state)[0, i]] == expected
@@ -181,11 +195,20 @@ def test_what_equals_the_knob(order, expected):
 @pytest.mark.parametrize("name", ORDERS)
 def test_names_survive_being_printed(name):
     _, default, sweep = ORDERS[name]
-    for knob in {(), default, *sweep}:
+    for knob in {None, default, *sweep}:
         for flags in FLAGS:
-            text = ":".join([name, *map(str, knob)]) + flags
+            text = name + flags if knob is None else f"{name}:{knob}{flags}"
             order = Order(name, knob, bool(flags))
             assert parse_order(f" {text} ") == order == parse_order(str(order))
+
+
+def test_learned_without_a_knob_draws_and_is_never_tuned():
+    """`learned` is the paper's: eval_gsm8k.py must not put learned:0.5 in its place."""
+    assert ORDERS["learned"][1:] == (None, []) and parse_order("learned").knob is None
+    sure_of_none = SimpleNamespace(p=[MENU[2]] * 3, masked=[True] * 3, t=1, T=3, alpha=[0.4] * 3,
+                                   first_noise=0.01, gate_noise=[0.3] * 3, order_noise=[0.5] * 3)
+    assert revealed(parse_order("learned"), [sure_of_none]) == [[0, 1, 2]]
+    assert revealed(parse_order("learned:0.5"), [sure_of_none]) == [[0]]
 
 
 @pytest.mark.parametrize("text", [
@@ -201,30 +224,37 @@ def test_a_name_that_cannot_be_read_is_one_line(text):
 
 # --- drawing --------------------------------------------------------------------------------------
 
-def test_draw_matches_the_probabilities():
-    log_p, u = torch.tensor([0.1, 0.0, 0.6, 0.3]).log(), (torch.arange(1000) + 0.5) / 1000
-    counts = torch.bincount(draw(log_p.expand(1000, -1), u), minlength=4)
+def test_drawing_matches_the_probabilities():
+    log_p = torch.tensor([0.1, 0.0, 0.6, 0.3]).log()
+    noise = (torch.arange(1000) + 0.5) / 1000
+    counts = torch.bincount(sample_categorical(log_p.expand(1000, -1), noise), minlength=4)
     assert counts.tolist() == [100, 0, 600, 300]
-    assert draw(torch.tensor([0.0, 0.5, 0.5]).log(), torch.tensor(0.0)) == 1  # never an impossible
-    assert draw(torch.tensor([0.5, 0.5]).log(), torch.tensor(1.0)) == 1  # float64 in float32
+    never_the_first = torch.tensor([0.0, 0.5, 0.5]).log()
+    assert sample_categorical(never_the_first, torch.tensor(0.0)) == 1
+    even = torch.tensor([0.5, 0.5]).log()
+    assert sample_categorical(even, torch.tensor(1.0)) == 1  # float64 noise rounded to float32
 
 
-@pytest.mark.parametrize("place", [1, 2])
-def test_draw_reaches_tokens_rarer_than_float32_can_add_up(place, monkeypatch):
+@pytest.mark.parametrize("index", [1, 2])
+def test_drawing_reaches_tokens_rarer_than_float32_can_add_up(index, monkeypatch):
     """p = 2^-30, between two tokens of nearly 1/2 or after them: drawn by the uniforms it owns. And
     the noise that generate gives to an order is finer than float32."""
     p = [0.5, 0.5]
-    p.insert(place, 2.0**-30)
+    p.insert(index, 2.0**-30)
     exact = [math.exp(x) for x in torch.tensor(p).log().tolist()]
-    start, end = sum(exact[:place]) / sum(exact), sum(exact[: place + 1]) / sum(exact)
-    u = torch.tensor([start - 2**-32, start + 2**-32, end - 2**-32,
-                      min(end + 2**-32, 1 - 2**-53)], dtype=torch.float64)
-    assert draw(torch.tensor(p).log().expand(4, -1), u).tolist() == [place - 1, place, place, 2]
+    start = sum(exact[:index]) / sum(exact)
+    end = sum(exact[: index + 1]) / sum(exact)
+    noise = torch.tensor([start - 2**-32, start + 2**-32, end - 2**-32,
+                          min(end + 2**-32, 1 - 2**-53)], dtype=torch.float64)
+    drawn = sample_categorical(torch.tensor(p).log().expand(4, -1), noise)
+    assert drawn.tolist() == [index - 1, index, index, 2]
 
     seen = []
-    monkeypatch.setitem(ORDERS, "iid", (lambda state: seen.append(state) or state.masked, (), []))
+    monkeypatch.setitem(ORDERS, "iid",
+                        (lambda state: seen.append(state) or state.masked, None, []))
     generate(TableModel(), prompts(2), 2, "iid")
-    noise = torch.cat([seen[0].u, seen[0].u_row], 1)
+    state = seen[0]
+    noise = torch.cat([state.gate_noise, state.first_noise[:, None], state.order_noise], 1)
     assert (noise * 2**24 % 1 != 0).all() and len(set(noise.flatten().tolist())) == 14
 
 
@@ -320,8 +350,8 @@ def test_drawn_answers_follow_the_likelihoods(order, monkeypatch):
 def model_of(answer_len):
     """A small model that is sure of some tokens and gates and unsure of others."""
     model = small_model(answer_len=answer_len)
-    for head in (model.token_head, model.gate_head):
-        head.weight.data *= 20
+    model.token_head.weight.data *= 20
+    model.gate_head.weight.data *= 20
     return model
 
 
@@ -367,9 +397,13 @@ def test_every_step_is_the_order_s_choice_at_the_model_s_state(order):
         open_rows = (z == model.config.mask).any(-1)
         if not open_rows.any():
             break
-        z, h = z[open_rows], hidden(model, prompt[open_rows], z[open_rows])
-        masked, now = z == model.config.mask, (out.reveal_step == t)[open_rows]
-        state = State(model.log_p(h), model.gate_logits(h), masked, t, 7, None, None)  # no noise
+        z = z[open_rows]
+        h = hidden(model, prompt[open_rows], z)
+        masked = z == model.config.mask
+        now = (out.reveal_step == t)[open_rows]
+        steps_left = torch.full((len(z), 1), 7 - t + 1)
+        gate_logits = model.gate_logits(h, masked, steps_left)
+        state = State(model.log_p(h), gate_logits, masked, t, 7, None, None, None)  # no noise
         assert torch.equal(now, parse_order(order)(state) if t < 7 else masked)
         assert torch.equal(state.log_p.argmax(-1)[now], out.tokens[open_rows][now])
 
@@ -379,3 +413,104 @@ def test_a_low_temperature_approaches_the_likeliest():
     cold, greedy, warm = (generate(model_of(5), prompt, 2, "left_to_right", temperature=t).tokens
                           for t in (1e-4, 0.0, 1.0))
     assert torch.equal(cold, greedy) and not torch.equal(warm, greedy)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ckpt(straight):
+    return ["--ckpt", str(straight / "ckpt.pt")]
+
+
+def test_orders_are_shown_side_by_side_and_any_number_of_steps_will_do(ckpt, capfd):
+    argv = [*ckpt, "--steps", "L", "--num_samples", "2", "--compare", "learned:0.5,left_to_right"]
+    status, out, _ = outcome(sample, argv, capfd)
+    assert status == 0 and out.count("question  ") == 2
+    for name in ("learned:0.5", "left_to_right"):
+        assert len(re.findall(rf"number +{name} .* in \d+ steps", out)) == 2
+    steps = re.findall(r"step +(\d+) +left_to_right", out)
+    assert steps == [str(t) for t in range(1, 17)] * 2 and "\033" not in out
+
+
+def test_a_question_of_ones_own_is_sampled_a_few_at_a_time(ckpt, monkeypatch):
+    """As many samples as asked for, each of its own seed, and no list of a billion items."""
+    batches = []
+
+    def stop_soon(model, prompt, steps, order, *, seeds, temperature):
+        batches.append((len(prompt), seeds[0]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generate(model, prompt, steps, order, seeds=seeds, temperature=temperature)
+
+    monkeypatch.setattr(sample, "generate", stop_soon)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([*ckpt, "--prompt", "Jo has 3 pens.", "--num_samples", "1000000000",
+                     "--seed", "7"])
+    assert batches == [(16, 7), (16, 23), (16, 39)]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--num_samples", "L"], "whole number"), (["--num_samples", "0"], "whole number"),
+    (["--steps", "0"], "whole number"), (["--steps", "l"], "or L"), (["--seed", "-1"], "--seed"),
+    (["--seed", "99999999999999999999"], "--seed"),
+    *[(["--temperature", t], "--temperature") for t in ("1e-40", "-1", "nan", "inf", "0.0009")],
+    (["--prompt", " "], "has 0 tokens"), (["--prompt", "long " * 99], "tokens, not 1 to 24"),
+    (["--prompt", "Jo", "--data_dir", "x"], "--data_dir"), (["--compare", "best"], "cannot read"),
+    (["--data_dir", "absent"], "absent"), (["--ckpt", "absent.pt"], "absent.pt not found"),
+    (["--ckpt", "."], "is a folder"), (["--device", "tpu"], "no device 'tpu'")])
+def test_bad_input_ends_in_one_line(ckpt, argv, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = outcome(sample, [*ckpt, *argv], capfd)
+    assert status != 0 and message in err and err.count("\n") == 1 and err[:-1].isprintable()
+
+
+def test_the_lowest_temperature_is_safe(straight):
+    """No nan: the likeliest tokens, but for ties."""
+    model, state = load_checkpoint(straight / "ckpt.pt")
+    prompt = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(0))
+    cold = generate(model, prompt, 3, "iid", temperature=0.001)
+    assert torch.equal(cold.tokens, generate(model, prompt, 3, "iid").tokens)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "control"])
+def test_untrained_gates_are_not_called_learned(straight, name, capfd):
+    """The file to take is named; rules run on any checkpoint."""
+    argv = ["--ckpt", str(straight / f"{name}.pt"), "--num_samples", "1"]
+    for order in ("learned", "learned:0.5", "iid,learned:0.3+eos_last"):
+        status, out, err = outcome(sample, [*argv, "--compare", order], capfd)
+        assert status == 1 and not out and err.count("\n") == 1
+        assert "trained gates" in err and str(straight / "ckpt.pt") in err
+    assert outcome(sample, [*argv, "--compare", "iid,threshold:0.5"], capfd)[0] == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("variables, colored", [
+    ({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)])
+def test_color_is_for_terminals_that_want_it(ckpt, variables, colored, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.main([*ckpt, "--num_samples", "1"])
+    assert ("\033[38;5;196m" in terminal.getvalue()) == colored
+
+
+def test_nothing_breaks_the_line_of_a_canvas():
+    """Tokens are bytes of any text, also of half a character; EOS and PAD have signs of their
+    own."""
+    enc = build_tokenizer(["ab"])
+    tokens = [256, 10, 27, 195, 257, 258, 256]
+    line = render(tokens, [1, 1, 1, 1, 1, 1, 2], 1, enc, color=False)
+    assert line == "ab  \ufffd∎_·"
+
+
+def test_numbers_of_steps_and_samples():
+    assert parse_steps("L") >= 10**9 and parse_steps("12") == whole_number("12") == 12
+    for text in ("0", "-1", "1.5", "", "L", "1e3", "٣x", "9" * 12):
+        with pytest.raises(argparse.ArgumentTypeError):
+            whole_number(text)

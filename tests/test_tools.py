@@ -1,19 +1,28 @@
-"""The tools: what bench measures is what it says, and every figure is drawn."""
+"""The tools: what bench measures is what it says, every figure is drawn, a table of runs is of what
+it says, and bad flags are told at the start."""
 
 import json
+import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import outcome
+from conftest import run as run_process
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval_gsm8k
+import sample
 import train
-from data import UserError
-from model import MDM, ModelConfig, load_checkpoint
-from tools import bench, plot
+from common import UserError
+from critic import Critic
+from data import build_tokenizer, frequent_pieces, load_splits, toy_split
+from model import MDM, ModelConfig, load_checkpoint, save_checkpoint
+from posterior import OrderPosterior
+from tools import bench, plot, seeds
 
 TINY = ModelConfig(vocab_size=40, prompt_len=5, answer_len=7, n_layer=2, n_head=2, n_embd=16)
 
@@ -25,13 +34,17 @@ def random_model(config=TINY):
     return model
 
 
+# --- bench ----------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def test_cached_twin_is_one_causal_pass():
-    model, prompt = random_model(), torch.randint(38, (3, 5))
-    logits, causal = bench.write_causally(model, prompt, 7), torch.ones(11, 11).bool().tril()
-    x, cos, sin = model.trunk.enter(torch.cat([prompt, logits.argmax(-1)[:, :-1]], 1), 0)
+    model = random_model()
+    prompt = torch.randint(38, (3, 5))
+    logits = bench.write_causally(model, prompt, 7)
+    x, rotation = model.trunk.embed(torch.cat([prompt, logits.argmax(-1)[:, :-1]], 1), 0)
+    causal = torch.ones(11, 11).bool().tril()
     for block in model.trunk.blocks:
-        x = block(x, cos, sin, block.keys_values(x, cos, sin), causal)
+        x = block(x, rotation, block.keys_values(x, rotation), causal)
     whole = model.token_head(model.trunk.norm(x))[:, 4:]
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
     assert logits.argmax(-1).unique().numel() > 3
@@ -40,51 +53,71 @@ def test_cached_twin_is_one_causal_pass():
 @torch.no_grad()
 def test_flops_are_those_that_run():
     model = random_model(replace(TINY, n_layer=3))
-    prompt, z = torch.randint(38, (2, 4)), torch.randint(40, (2 * 3, 7))  # 3 states a prompt
+    prompt = torch.randint(38, (2, 4))
+    z = torch.randint(40, (2 * 3, 7))  # 3 states a prompt
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.log_p(model(model.read(prompt), z)[:, :5])  # 6 states, 5 positions of each
+        model.log_p(model(model.encode_prompt(prompt), z)[:, :5])  # 6 states, 5 positions of each
     assert counter.get_total_flops() == bench.forward_flops(model.config, 2, 4, 3, 30)
 
 
 @pytest.fixture(scope="module")
 def run(fast, straight):
+    """The tiny run of conftest.py, prepared."""
     return train.prepare(train.parse_config([*fast, "--out_dir", str(straight)]))
 
 
 @pytest.mark.parametrize("stage", ["denoiser", "order"])
-def test_a_measured_step_is_a_training_step(run, stage, monkeypatch):
-    built, real = [], train.build_stage
+def test_measured_steps_are_training_steps(run, stage, monkeypatch):
+    """The first two, of which each has its own budget in the order stage."""
+    built = []
+    real = train.build_stage
     monkeypatch.setattr(train, "build_stage", lambda *a: built.append(real(*a)) or built[-1])
     job, facts = bench.training(stage, run, batch=10**9)
     job()
-    *networks, optimizers = real(stage, run)
-    train.train_step(stage, run, *networks, optimizers, 0)
-    ours, theirs = built[0][0].state_dict(), networks[0].state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    job()
+    networks, optimizers = real(stage, run)
+    for step in range(2):
+        train.train_step(stage, run, networks, optimizers, step)
+    measured, _ = built[0]
+    for ours, theirs in zip(measured, networks, strict=True):
+        for name, weights in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], weights)
     assert facts["parts"] == 1
+
+
+def n_parameters(*networks):
+    return sum(p.numel() for network in networks for p in network.parameters())
 
 
 def test_bench_reports_a_preset_without_data(tmp_path):
     sizes = ("--preset gsm8k --prompt_len 12 --answer_len 8 --n_layer 2 --n_embd 16 --n_head 2 "
              "--n_layer_posterior 1 --n_pieces 10 --batch_size 6 --batch_size_order 4 --K 2 "
-             "--device cpu").split()
+             "--budgets 2,4 --device cpu").split()
     path = tmp_path / "bench.json"
     bench.main([*sizes, "--steps", "1", "--batch", "2", "--sample", "1,3", "--json", str(path)])
     result = json.loads(path.read_text())
-    D, V, S = 16, 256 + 10 + 2, 12 + 8
-    trunk, block = (V + 1 + S) * D + D, 12 * D * D + 2 * D  # embeddings and norms
-    denoiser = trunk + 2 * block + V * D + D + 8            # token head, gate head with places
+    config = ModelConfig(256 + 10 + 2, 12, 8, n_layer=2, n_head=2, n_embd=16, max_steps=4)
+    posterior = OrderPosterior(replace(config, n_layer=1))
+    denoiser = n_parameters(MDM(config))
     assert result["train"]["parameters"] == denoiser
-    critic = (2 * D + 1) * D + (D + 1) * 4**2       # T = 4
-    assert result["order"]["parameters"] == denoiser + trunk + block + D + critic
+    assert result["order"]["parameters"] == denoiser + n_parameters(posterior, Critic(32, 16, 4))
     assert (result["train"]["parts"], result["order"]["parts"]) == (3, 2)
     assert result["train"]["tokens"] == 6 * 20 and result["order"]["tokens"] == 4 * (12 + 3 * 8)
     for row in (result["train"], result["order"]):
         assert row["hours"] == pytest.approx(row["steps"] * row["seconds"] / 3600)
         used = row["share_of_matmul"] * row["seconds"] * result["matmul_gflops"]
         assert used == pytest.approx(row["gflop"])
+        assert row["memory_mb"] > 50
     assert result["causal_twin"].keys() == result["sample"]["L"].keys() == {"1", "3"}
 
+
+def test_memory_is_unknown_where_there_is_no_resource_module(monkeypatch):
+    """Windows has none."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(bench.peak_memory(torch.device("cpu")))
+
+
+# --- plot -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def evaluated(straight, tmp_path_factory):
@@ -94,29 +127,261 @@ def evaluated(straight, tmp_path_factory):
     return path
 
 
+def results_of_runs(n, orders):
+    """What tools.seeds writes."""
+    rows = []
+    for seed in range(n):
+        by_steps = {steps: [10.0 * seed, 50.0, float(steps)] for steps in ("2", "4")}
+        rows.append({"run": f"out_{seed}", "seed": seed,
+                     "orders": {order: by_steps for order in orders}})
+    return {"args": {"split": "test", "limit": 300}, "rows": rows}
+
+
+def assert_drawn(path, frames=1):
+    with Image.open(path) as image:
+        assert getattr(image, "n_frames", 1) == frames
+        assert len(image.convert("RGB").getcolors(10**6)) > 20
+
+
 def test_plots(evaluated, straight, tmp_path):
-    ckpt, log = ["--ckpt", straight / "ckpt.pt"], straight / "log.jsonl"
-    other = json.loads(evaluated.read_text())
-    other["meta"]["checkpoints"] = "of another run"
-    (tmp_path / "other.json").write_text(json.dumps(other))
+    ckpt = ["--ckpt", straight / "ckpt.pt"]
+    log = straight / "log.jsonl"
+    orders = ["learned:0.5", "learned", "iid", "entropy_bound", "entropy_bound+eos_last"]
+    (tmp_path / "seeds.json").write_text(json.dumps(results_of_runs(3, orders)))
     for name, words, frames in (
-            ("curve", [evaluated, tmp_path / "other.json"], 1),
+            ("curve", [evaluated], 1),
+            ("seeds", [tmp_path / "seeds.json"], 1),
             ("order", [evaluated, *ckpt, "--orders", "learned,iid"], 1),
             ("gif", [*ckpt, "--steps", 3, "--order", "left_to_right"], 4),  # steps 0 .. 3
             ("log", [f"one={log}", f"two={log},{log}"], 1)):
         out = tmp_path / "figures" / f"{name}.{'gif' if name == 'gif' else 'png'}"
         plot.main([name, *map(str, words), "--out", str(out)])
-        with Image.open(out) as image:
-            assert getattr(image, "n_frames", 1) == frames
-            assert len(image.convert("RGB").getcolors(10**6)) > 20
+        assert_drawn(out, frames)
 
 
-@pytest.mark.parametrize("words, reason", [
-    ("curve none.json", "cannot read"), ("curve log.jsonl", "one data set"),
-    ("log one=none.jsonl", "cannot read"), ("log one=eval.json", "no bound")])
-def test_plot_says_what_it_cannot_draw(words, reason, straight, tmp_path, monkeypatch):
+def test_any_number_of_rules_and_runs_can_be_drawn(evaluated, straight, tmp_path, monkeypatch):
+    """A rule that was added as README.md says, twenty of them; eleven runs; nine groups of logs."""
+    content = json.loads(evaluated.read_text())
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    names = [f"mine{i}" for i in range(20)]
+    for name in names:
+        monkeypatch.setitem(sample.ORDERS, name, (sample.confidence, None, []))
+    [like] = [row for row in content["rows"] if row["asked"] == "iid" and row["budget"] == 4]
+    for i in range(11):
+        rows = json.loads(json.dumps(content["rows"]))
+        rows += [{**json.loads(json.dumps(like)), "asked": name, "order": name} for name in names]
+        for row in rows:
+            row["of"]["checkpoint"] = i
+        meta = {**content["meta"], "checkpoints": {"ckpt": i}}
+        (runs / f"{i}.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    drawn = []
+    monkeypatch.setattr(plot, "draw_curves", lambda curves, title, *rest, f=plot.draw_curves:
+                        drawn.append((curves, title)) or f(curves, title, *rest))
+    plot.main(["curve", *map(str, runs.iterdir()), "--out", str(tmp_path / "curve.png")])
+    curves, title = drawn[0]
+    assert set(curves) == {"learned", "iid", "left_to_right", *names}
+    assert title.endswith("training runs: 11")
+
+    (tmp_path / "seeds.json").write_text(json.dumps(results_of_runs(11, ["learned:0.5", *names])))
+    plot.main(["seeds", str(tmp_path / "seeds.json"), "--out", str(tmp_path / "seeds.png")])
+    look, points = drawn[1][0]["learned:0.5"]
+    assert look["color"] == "black" and points == [(2, 50, 0, 100), (4, 50, 0, 100)]
+
+    groups = [f"{i}={straight / 'log.jsonl'}" for i in range(9)]
+    plot.main(["log", *groups, "--out", str(tmp_path / "log.png")])
+    for name in ("curve", "seeds", "log"):
+        assert_drawn(tmp_path / f"{name}.png")
+
+
+def test_a_curve_is_of_the_last_evaluation_in_the_file(evaluated, tmp_path, monkeypatch):
+    """Rows of another number of items stand beside."""
+    path = tmp_path / "eval.json"
+    content = json.loads(evaluated.read_text())
+    other = json.loads(json.dumps(content["rows"][0]))
+    other["of"]["reported"]["n"] = 3
+    other["score"] = 7.0
+    path.write_text(json.dumps({**content, "rows": [other, *content["rows"]]}))
+    drawn = []
+    monkeypatch.setattr(plot, "draw_curves", lambda curves, *rest: drawn.append(curves))
+    plot.main(["curve", str(path), "--out", str(tmp_path / "curve.png")])
+    scores = [value for _, points in drawn[0].values() for _, value, _, _ in points]
+    assert len(scores) == 6 and max(scores) <= 100
+
+
+def test_a_notebook_s_backend_is_no_hindrance(straight, tmp_path):
+    done = run_process("-m", "tools.plot", "log", f"a={straight / 'log.jsonl'}", "--out",
+                       tmp_path / "a.png", MPLBACKEND="module://not_installed_here")
+    assert done.returncode == 0, done.stderr
+    assert_drawn(tmp_path / "a.png")
+
+
+# --- seeds ----------------------------------------------------------------------------------------
+
+PIECES = frequent_pieces(toy_split("train", 500))
+
+
+def write_run(out, seed):
+    """The folder of a run on a toy whose weights are random."""
+    n_vocab = build_tokenizer(PIECES).n_vocab
+    sizes = ModelConfig(n_vocab - 1, prompt_len=36, answer_len=60, n_layer=1, n_head=2, n_embd=8)
+    config = {"dataset": "toy", "data_dir": "", "answer_len": 60}
+    for i, (name, stage) in enumerate((("denoiser", "denoiser"), ("ckpt", "order"))):
+        torch.manual_seed(10 * seed + i)
+        model = MDM(sizes)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        save_checkpoint(out / f"{name}.pt", model, pieces=PIECES, stage=stage, step=9, log=[],
+                        train_config=config)
+    records = [{"stage": "denoiser", "step": 9, "val": -9.0, "seconds": 1.0},
+               {"stage": "order", "step": 5, "val": -7.0, "seconds": 30.0},
+               {"stage": "order", "step": 9, "val": -6.0 - seed, "val_se": 0.1, "seconds": 60.0}]
+    (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def toy_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (3, 4):
+        write_run(folder / f"out_{seed}", seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seeds_table(toy_runs):
+    """Flags, and what the table of the first run is."""
+    path = toy_runs / "seeds.json"
+    argv = ["--limit", "3", "--tune_items", "1", "--steps", "2,4", "--json", str(path)]
+    seeds.main([*argv, "--runs", str(toy_runs / "out_3")])
+    return argv, path, json.loads(path.read_text())
+
+
+def test_a_run_is_a_row(seeds_table, toy_runs):
+    [row] = seeds_table[2]["rows"]
+    assert (row["run"], row["seed"], row["val"], row["val_se"]) == ("out_3", 3, -9.0, 0.1)
+    assert row["minutes"] == 1.5
+    orders = row["orders"]
+    assert set(orders) == {"learned:0.5", "learned", *seeds.RULES}
+    assert [row["coherent"], row["accuracy"], row["steps_mean"]] == orders["learned:0.5"]["4"]
+    for steps in ("2", "4"):
+        default = orders["learned:0.5"][steps]
+        assert row["coherent_by_steps"][steps] == default[0]
+        assert row["accuracy_by_steps"][steps] == default[1] and default[2] <= int(steps)
+        best = max(orders[rule][steps][0] for rule in seeds.RULES)
+        assert row["best_rule_coherent_by_steps"][steps] == best
+        assert orders[row["best_rule_by_steps"][steps]][steps][0] == best
+    assert row["best_rule"] == row["best_rule_by_steps"]["4"]
+    assert row["best_rule_coherent"] == row["best_rule_coherent_by_steps"]["4"]
+    assert 0 <= row["sequential"] <= 100
+
+    # The pairs that meet, of the items that are reported on.
+    model, state = load_checkpoint(toy_runs / "out_3" / "ckpt.pt")
+    items = load_splits("toy")["test"][:3]
+    for steps, share in row["same_step_by_steps"].items():
+        met = eval_gsm8k.pairs_that_meet(model, build_tokenizer(PIECES), items, int(steps))
+        assert share == 100 * met
+
+
+def test_rules_are_taken_on_the_best_of_all_checkpoints(seeds_table, toy_runs):
+    [row] = seeds_table[2]["rows"]
+    rows = json.loads((toy_runs / "out_3" / "test.json").read_text())["rows"]
+    tuned = {row["asked"] for row in rows if row["of"]["tuned_on"]}
+    assert tuned == {"dilated", "threshold", "entropy_bound", "entropy_bound+eos_last"}
+    for rule in seeds.RULES:
+        mine = [row for row in rows if row["asked"] == rule and row["budget"] == 4]
+        assert {row["checkpoint"] for row in mine} == {"ckpt", "denoiser"}
+        assert row["orders"][rule]["4"][0] == 100 * max(row["coherent"] for row in mine)
+
+
+def test_rows_of_other_runs_stay_and_what_is_there_is_not_measured_again(
+        seeds_table, toy_runs, capsys, monkeypatch):
+    argv, path, first = seeds_table
+    seeds.main([*argv, "--runs", str(toy_runs / "out_4")])
+    both = json.loads(path.read_text())["rows"]
+    assert [row["run"] for row in both] == ["out_3", "out_4"] and both[0] == first["rows"][0]
+    monkeypatch.setattr(eval_gsm8k, "evaluate", None)
+    seeds.main([*argv, "--runs", f"{toy_runs / 'out_4'},{toy_runs / 'out_3'}"])
+    assert json.loads(path.read_text())["rows"] == both
+    printed = capsys.readouterr().out
+    assert "median of 2 runs" in printed and "out_4: bound -10.00" in printed
+
+
+def test_a_row_without_rules_is_shown_and_not_written(toy_runs, tmp_path, capsys, monkeypatch):
+    asked = []
+    real = eval_gsm8k.evaluate
+    monkeypatch.setattr(eval_gsm8k, "evaluate",
+                        lambda *a: asked.append(str(a[3])) or real(*a))
+    seeds.main(["--runs", str(toy_runs / "out_3"), "--limit", "2", "--steps", "4",
+                "--json", str(tmp_path / "none.json"), "--learned_only"])
+    assert set(asked) == {"learned:0.5", "learned"} and not (tmp_path / "none.json").exists()
+    assert "pairs that meet" in capsys.readouterr().out
+
+
+# --- bad flags ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, message", [
+    ("--runs absent_0", "not found"), ("--runs out0", "NAME_SEED"), ("--runs ,", "NAME_SEED"),
+    ("--runs empty_1", "not found"), ("--runs gsm8k_1", "was trained on gsm8k"),
+    ("--runs nolog_1", "log.jsonl"), ("--runs cut_1", "no end of an order stage"),
+    ("--steps 2,3", "must have 4"), ("--steps 4,x", "whole number"), ("--steps 4,61", "60 tokens"),
+    ("--limit 0", "whole number"), ("--split train", "invalid choice"),
+    ("--json text", "no results of this tool"), ("--json .", "no results of this tool"),
+    ("--limit 7", "made with")])
+def test_seeds_refuses_at_the_start(argv, message, seeds_table, toy_runs, straight, tmp_path,
+                                    monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "log.jsonl").write_bytes((straight / "log.jsonl").read_bytes())
+    monkeypatch.setattr(seeds, "run_evaluation", None)
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty_1").mkdir()
+    for name, source in (("gsm8k_1", straight), ("nolog_1", toy_runs / "out_3"),
+                         ("cut_1", toy_runs / "out_3")):
+        (tmp_path / name).mkdir()
+        for file in ("ckpt.pt", "denoiser.pt"):
+            (tmp_path / name / file).write_bytes((source / file).read_bytes())
+    (tmp_path / "cut_1" / "log.jsonl").write_text('{"stage": "order", "step": 1}\n')
+    before = seeds_table[1].read_text()
+    argv = ["--runs", str(toy_runs / "out_3"), *seeds_table[0], *argv.split()]
+    status, _, err = outcome(seeds, argv, capfd)
+    assert status != 0 and message in err and err.count("\n") == 1 and err[:-1].isprintable()
+    assert seeds_table[1].read_text() == before
+
+
+@pytest.mark.parametrize("words, message", [
+    ("curve none.json", "cannot read"), ("curve log.jsonl", "no results"),
+    ("seeds none.json", "cannot read"), ("seeds log.jsonl", "cannot read"),
+    ("seeds eval.json", "cannot read"), ("seeds norows.json", "no runs"),
+    ("log one=none.jsonl", "cannot read"), ("log one=eval.json", "no bound"),
+    ("curve", "required"), ("curve log.jsonl --out c.jpgx", "--out c.jpgx"),
+    ("gif --out c.png", "--out c.png"), ("curve log.jsonl --out folder.png", "is a folder"),
+    ("order log.jsonl --steps L", "whole number"), ("gif --steps 0", "whole number"),
+    ("gif --ckpt none.pt", "none.pt not found"), ("gif --ckpt denoiser.pt", "trained gates"),
+    ("gif --ckpt denoiser.pt --order best", "cannot read order"), ("curve x --item 3", "--item")])
+def test_plot_says_what_it_cannot_draw(words, message, straight, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("log.jsonl", "denoiser.pt"):
+        (tmp_path / name).write_bytes((straight / name).read_bytes())
     (tmp_path / "eval.json").write_text("{}")
-    with pytest.raises(UserError, match=reason):
-        plot.main([*words.split(), "--out", "a.png"])
+    (tmp_path / "norows.json").write_text('{"args": {"split": "val", "limit": 3}, "rows": []}')
+    (tmp_path / "folder.png").mkdir()
+    status, _, err = outcome(plot, words.split(), capfd)
+    assert status != 0 and message in err and err.count("\n") == 1 and err[:-1].isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--sample 0", "--sample"), ("--sample 1,x", "--sample"), ("--steps L", "whole number"),
+    ("--batch 0", "whole number"), ("--json .", "is a folder"), ("--presett toy", "--presett"),
+    ("--n_embd 15", "--n_embd")])
+def test_bench_refuses_at_the_start(words, message, capfd, monkeypatch):
+    monkeypatch.setattr(bench, "bench", None)
+    status, _, err = outcome(bench, words.split(), capfd)
+    assert status != 0 and message in err and err.count("\n") == 1
+
+
+def test_an_order_that_was_not_evaluated_is_one_line(evaluated, straight, tmp_path):
+    with pytest.raises(UserError, match="no such orders at --steps 3, but none at all"):
+        plot.main(["order", str(evaluated), "--ckpt", str(straight / "ckpt.pt"), "--steps", "3",
+                   "--out", str(tmp_path / "a.png")])
+    with pytest.raises(UserError, match="no such orders at --steps 4, but .*iid"):
+        plot.main(["order", str(evaluated), "--ckpt", str(straight / "ckpt.pt"), "--orders",
+                   "margin", "--out", str(tmp_path / "a.png")])

@@ -1,8 +1,9 @@
-"""Figures of results (eval_gsm8k.py), checkpoints and training logs, into --out.
+"""Figures of results (eval_gsm8k.py, tools.seeds), checkpoints and training logs, into --out.
 
     python -m tools.plot curve out/eval.json   score against steps, each rule by the best of its
                                                variants and checkpoints; of several training runs
-                                               mean, least and most, of one the 95 % interval
+                                               median, least and most, of one the 95 % interval
+    python -m tools.plot seeds assets/toy_seeds.json    the same of coherence, a band over the runs
     python -m tools.plot order out/eval.json   which step reveals what, at budget --steps
     python -m tools.plot gif                   an answer as it forms
     python -m tools.plot log old=a/log.jsonl,b/log.jsonl new=c/log.jsonl    the order stage's bound
@@ -10,162 +11,322 @@
 
 import argparse
 import json
+import math
+import os
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from textwrap import fill
+
+os.environ["MPLBACKEND"] = "agg"  # files only: a notebook's backend may not be installed here
 
 from matplotlib import colormaps
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from data import UserError, build_tokenizer, encode, load_splits, run_script
+from common import UserError, path_of, run_script
+from data import build_tokenizer, encode, load_splits
+from eval_gsm8k import belongs, best_rules, read_results
 from model import load_checkpoint
-from sample import ORDERS, generate, parse_order, parse_steps
+from sample import (ORDERS, generate, need_trained_gates, parse_order, parse_steps, printable,
+                    whole_number)
 
-COLORS = ("black", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F",
-          "#B8A800")  # Okabe and Ito: colour-blind readers tell them apart
+# Okabe and Ito: colour-blind readers tell them apart. The learned order is black.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F", "#B8A800")
+MARKERS = "s^Dv<>PX"
+DASHES = ("-", "--", ":", "-.")
+COLUMNS = 30  # of a canvas
 
 
-def read(path: str, *names: str) -> list[list]:
-    """These fields of each line of a JSON file that has them all."""
+# --- files ----------------------------------------------------------------------------------------
+
+def read_lines(path: str) -> list[dict]:
+    """The objects of a JSON-lines file."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        return [[line[name] for name in names] for line in lines if {*names} <= {*line}]
-    except (OSError, ValueError, TypeError) as e:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from e
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def rows_of(path: str) -> tuple[dict, list[dict]]:
+    """What the last evaluation of a results file was of, and its rows."""
+    results = read_results(path)
+    if not results["rows"]:
+        raise UserError(f"cannot read {path}: no results there")
+    meta = results["meta"]
+    return meta, [row for row in results["rows"] if belongs(row, meta)]
+
+
+def save(figure, path: Path, dpi: int):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+
+
+# --- score against steps --------------------------------------------------------------------------
+
+def look_of(name: str) -> dict:
+    """Colour, marker and line of an order; one with +eos_last or drawn gates is dashed."""
+    order = parse_order(name)
+    rules = [rule for rule in ORDERS if rule != "learned"]
+    dashed = order.eos_last or name == "learned"
+    look = {"linestyle": "--" if dashed else "-", "markersize": 5}
+    if order.name == "learned":
+        return {**look, "color": "black", "marker": "o", "linewidth": 2.5}
+    i = rules.index(order.name)
+    return {**look, "color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)],
+            "linewidth": 1.2}
+
+
+def draw_curves(curves: dict, title: str, ylabel: str, out: Path):
+    """curves {label: (look, points)}, a point (steps, value, low, high)."""
+    figure = Figure((8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, (look, points) in curves.items():
+        x, y, low, high = zip(*sorted(points))
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.plot(x, y, label=label, **look)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="mean steps (forward passes) per answer", ylabel=ylabel)
+    figure.legend(frameon=False, loc="outside right center")
+    save(figure, out, dpi=150)
 
 
 def curve(args):
-    figure = Figure((8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    titles, best = set(), defaultdict(dict)  # best[rule, budget][training run] = row
-    for meta, rows in sum((read(path, "meta", "rows") for path in args.files), []):
-        data, run = meta["train_config"]["dataset"], str(meta["checkpoints"])
-        metric = meta["args"]["metric"] or ("coherent" if data.startswith("toy") else "accuracy")
+    best = defaultdict(lambda: defaultdict(dict))  # best[rule][budget][training run] = row
+    titles = set()
+    for path in args.files:
+        meta, rows = rows_of(path)
+        reported = meta["reported"]
+        titles.add((f"{reported['dataset']}, {reported['n']} {reported['split']} items",
+                    reported["metric"]))
+        run = next(iter(meta["checkpoints"].values()))  # of --ckpt
         for row in rows:
-            titles.add((metric, f"{data}, {row['n']} {meta['args']['split']} items"))
-            runs = best[parse_order(row["order"]).name, row["budget"]]
-            runs[run] = max(row, runs.get(run, row), key=lambda row: row["score"])
+            runs = best[parse_order(row["order"]).name][row["budget"]]
+            if run not in runs or row["score"] > runs[run]["score"]:
+                runs[run] = row
     if len(titles) != 1:
-        raise UserError(f"want results of one data set, split and metric, got {titles or 'none'}")
-    [(metric, title)], unit = titles, 100 - 99 * (metric == "nats")
-    for name, color, marker in zip(ORDERS, COLORS, "os^Dv<>PX", strict=True):
-        points = [[*best[key].values()] for key in sorted(best) if key[0] == name]  # runs of each
-        x = [mean(row["steps"][0] for row in rows) for rows in points]
-        y = [unit * mean(row["score"] for row in rows) for rows in points]
-        low, high = ([unit * pick(row["score"] for row in rows) if len(rows) > 1 else
-                      unit * pick(rows[0]["ci95"]) for rows in points] for pick in (min, max))
-        axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-        axes.plot(x, y, color=color, marker=marker, markersize=5, label=name if x else None,
-                  lw=2.5 if name == "learned" else 1.2)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_title(f"{title}, training runs: {max(map(len, best.values()))}", fontsize=10)
-    axes.set(xlabel="mean steps (forward passes) per answer",
-             ylabel="log p(true answer), nats" if unit == 1 else f"{metric} answers, %")
-    figure.legend(frameon=False, loc="outside right center")
-    figure.savefig(args.out, dpi=150)
+        raise UserError(f"want results of one data set, split and metric, got {sorted(titles)}")
+    [(title, metric)] = titles
 
+    # Between runs the spread is least to most; a single run has its interval over items.
+    unit = 1 if metric == "nats" else 100
+    curves = {}
+    n_runs = 0
+    for name in sorted(best, key=list(ORDERS).index):
+        points = []
+        for runs in best[name].values():
+            rows = list(runs.values())
+            scores = [row["score"] for row in rows]
+            low, high = rows[0]["ci95"]
+            if len(rows) > 1:
+                low, high = min(scores), max(scores)
+            steps = median(row["steps"][0] for row in rows)
+            points.append((steps, unit * median(scores), unit * low, unit * high))
+            n_runs = max(n_runs, len(rows))
+        label = "learned:0.5" if name == "learned" else name
+        curves[name] = look_of(label), points
+    ylabel = "log p(true answer), nats" if metric == "nats" else f"{metric} answers, %"
+    draw_curves(curves, f"{title}, training runs: {n_runs}", ylabel, args.out)
+
+
+def seeds(args):
+    """Every order of tools.seeds, median and band over the runs."""
+    values = defaultdict(lambda: defaultdict(list))  # [order][steps] = [(coherent, mean steps), ..]
+    for path in args.files:
+        try:
+            content = json.loads(Path(path).read_text())
+            title = f"{content['args']['limit']} {content['args']['split']} items"
+            rows = content["rows"]
+            for row in rows:
+                for name, by_steps in row["orders"].items():
+                    for steps, (coherent, _, mean_steps) in by_steps.items():
+                        values[name][steps].append((coherent, mean_steps))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"cannot read {path}, want results of tools.seeds: {e}") from e
+    if not values:
+        raise UserError(f"no runs in {', '.join(args.files)}")
+    curves = {}
+    n_runs = 0
+    for name, by_steps in values.items():
+        points = []
+        for numbers in by_steps.values():
+            coherent = [number for number, _ in numbers]
+            steps = median(mean_steps for _, mean_steps in numbers)
+            points.append((steps, median(coherent), min(coherent), max(coherent)))
+            n_runs = max(n_runs, len(numbers))
+        curves[name] = look_of(name), points
+    draw_curves(curves, f"{title}, training runs: {n_runs}", "coherent answers, %", args.out)
+
+
+# --- the order stage's bound ----------------------------------------------------------------------
 
 def log(args):
     figure = Figure((8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for group, color, style in zip(args.files, COLORS[1:], ("-", "--", ":", "-.") * 2):
-        (label, _, paths), values = group.partition("="), defaultdict(list)
+    lows = []
+    for i, group in enumerate(args.files):
+        label, _, paths = group.partition("=")
+        color = COLORS[i % len(COLORS)]
+        values = defaultdict(list)
         for path in paths.split(","):
-            records = [r[1:] for r in read(path, "stage", "step", "elbo") if r[0] == "order"]
+            records = [record for record in read_lines(path)
+                       if record.get("stage") == "order" and {"step", "elbo"} <= set(record)]
             if not records:
                 raise UserError(f"{path} has no bound of the order stage; want LABEL=FILE,FILE")
-            axes.plot(*zip(*records), color=color, lw=0.7, alpha=0.6)
-            for step, elbo in records:
-                values[step].append(elbo)
+            steps = [record["step"] for record in records]
+            axes.plot(steps, [record["elbo"] for record in records], color=color, linewidth=0.7,
+                      alpha=0.6)
+            for record in records:
+                values[record["step"]].append(record["elbo"])
+
+        # The median, at steps that all runs of the group have logged.
         n = len(paths.split(","))
-        steps = [step for step in sorted(values) if len(values[step]) == n]  # that all runs have
-        axes.plot(steps, [median(values[step]) for step in steps], style, color=color, lw=2.8,
-                  label=f"{label}, median of {n}")
-    low = min(values[steps[len(steps) // 6]])  # where p cannot yet predict q it is far below
-    axes.set(xlabel="optimizer steps of the order stage", ylim=(low - 1, None),
+        steps = [step for step in sorted(values) if len(values[step]) == n]
+        if not steps:
+            raise UserError(f"the runs of {label} have no logged step in common")
+        axes.plot(steps, [median(values[step]) for step in steps], DASHES[i % len(DASHES)],
+                  color=color, linewidth=2.8, label=f"{label}, median of {n}")
+        lows.append(min(values[steps[len(steps) // 6]]))
+
+    # Where p cannot yet predict q, the bound is far below: cut off.
+    axes.set(xlabel="optimizer steps of the order stage", ylim=(min(lows) - 1, None),
              ylabel="bound on log p(answer), nats, training batches")
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(args.out, dpi=150)
+    save(figure, args.out, dpi=150)
 
+
+# --- canvases -------------------------------------------------------------------------------------
 
 def color_of(step: int, last: int):
     return colormaps["viridis_r"](step / (last + 0.5))
 
 
-def cells(axes, tokens, reveal_step, t: int, last: int, enc, columns=30):
+def canvas_rows(L: int) -> int:
+    return math.ceil(L / COLUMNS)
+
+
+def draw_canvas(axes, tokens, reveal_step, t: int, last: int, enc):
     """The canvas after step t, a cell a position, in the colour of the step that reveals it."""
     marks = {enc.n_vocab - 3: "∎", enc.n_vocab - 2: "_"}  # EOS and PAD
-    axes.set(xlim=(0, columns), ylim=(-(-len(tokens) // columns), 0))
+    axes.set(xlim=(0, COLUMNS), ylim=(canvas_rows(len(tokens)), 0))
     axes.axis("off")
     for i, (token, step) in enumerate(zip(tokens, reveal_step)):
-        (y, x), color = divmod(i, columns), color_of(step, last) if step <= t else (0.9, 0.9, 0.9)
-        axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, color=color, lw=0))
-        text = (marks.get(token) or enc.decode([token]).strip()) * (step <= t)
+        x = i % COLUMNS
+        y = i // COLUMNS
+        color = (0.9, 0.9, 0.9)
+        text = ""
+        if step <= t:
+            color = color_of(step, last)
+            text = marks.get(token) or printable(enc.decode([token])).strip()
+        dark = color[1] <= 0.5
+        axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, color=color, linewidth=0))
         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", parse_math=False,
-                  color="black" if color[1] > 0.5 else "white", fontsize=28 / max(len(text), 2.8))
+                  color="white" if dark else "black", fontsize=28 / max(len(text), 2.8))
 
 
 def order(args):
     enc = build_tokenizer(load_checkpoint(args.ckpt)[1]["pieces"])
-    best = {parse_order(row["order"]).name:
-            (row["order"], *row["shown"][args.item % len(row["shown"])])
-            for [rows] in read(args.files[0], "rows")
-            for row in sorted(rows, key=lambda row: row["score"]) if row["budget"] == args.steps}
-    shown = [best[name] for name in args.orders.split(",") if name in best]
+    _, rows = rows_of(args.file)
+
+    # Of each rule its best variant at this budget, on the same item.
+    best = {}
+    for row in sorted(rows, key=lambda row: row["score"]):
+        if row["budget"] == args.steps:
+            best[parse_order(row["order"]).name] = row
+    names = [parse_order(name).name for name in args.orders.split(",")]
+    shown = [best[name] for name in names if name in best]
     if not shown:
-        raise UserError(f"no such orders at --steps {args.steps}, but {','.join(best) or 'none'}")
-    steps, L = range(1, 1 + max(max(reveal_step) for *_, reveal_step in shown)), len(shown[0][1])
-    figure = Figure((10, 0.6 + len(shown) * (0.4 + 0.36 * -(-L // 30))), layout="constrained")
-    for (name, *answer), axes in zip(shown, figure.subplots(len(shown), squeeze=False).flat):
-        cells(axes, *answer, steps[-1], steps[-1], enc)
-        axes.set_title(f"{name}, {max(answer[1])} steps", loc="left", fontsize=11)
-    figure.legend([Patch(color=color_of(t, steps[-1])) for t in steps],
-                  [f"step {t}" for t in steps], ncols=8, frameon=False, loc="outside lower center")
-    figure.savefig(args.out, dpi=120)
+        raise UserError(f"no such orders at --steps {args.steps}, but "
+                        f"{','.join(best) or 'none at all'}")
+    answers = [row["shown"][args.item % len(row["shown"])] for row in shown]
+    last = max(max(reveal_step) for _, reveal_step in answers)
+
+    L = len(answers[0][0])
+    height = 0.6 + len(shown) * (0.4 + 0.36 * canvas_rows(L))
+    figure = Figure((10, height), layout="constrained")
+    panels = figure.subplots(len(shown), squeeze=False).flat
+    for row, (tokens, reveal_step), axes in zip(shown, answers, panels):
+        draw_canvas(axes, tokens, reveal_step, last, last, enc)
+        axes.set_title(f"{row['order']}, {max(reveal_step)} steps", loc="left", fontsize=11)
+    steps = range(1, last + 1)
+    figure.legend([Patch(color=color_of(t, last)) for t in steps], [f"step {t}" for t in steps],
+                  ncols=8, frameon=False, loc="outside lower center")
+    save(figure, args.out, dpi=120)
 
 
 def gif(args):
     model, state = load_checkpoint(args.ckpt)
-    enc, config = build_tokenizer(state["pieces"]), state["train_config"]
+    chosen = parse_order(args.order)
+    need_trained_gates(args.ckpt, state, [chosen])
+    enc = build_tokenizer(state["pieces"])
+    config = state["train_config"]
     items = load_splits(config["dataset"], config["data_dir"])["val"]
-    prompt, _, fitting = encode(items, enc, config["prompt_len"], config["answer_len"])
+    prompt, _, fitting = encode(items, enc, model.config.prompt_len, model.config.answer_len)
+    if not fitting:
+        raise UserError(f"none of {len(items)} validation items fits this checkpoint's canvas")
     i = args.item % len(fitting)
     question = fill(items[fitting[i]]["question"], 110)
-    out = generate(model, prompt[i : i + 1], args.steps, args.order)
-    answer, last = (out.tokens[0].tolist(), out.reveal_step[0].tolist()), out.steps.item()
-    figure, writer = Figure((10, 0.9 + 0.36 * -(-config["answer_len"] // 30))), PillowWriter(fps=1)
+    out = generate(model, prompt[i : i + 1], args.steps, chosen)
+    tokens = out.tokens[0].tolist()
+    reveal_step = out.reveal_step[0].tolist()
+    last = max(reveal_step)
+
+    figure = Figure((10, 0.9 + 0.36 * canvas_rows(len(tokens))))
+    writer = PillowWriter(fps=1)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with writer.saving(figure, args.out, dpi=100):
         for t in [*range(last + 1), last, last]:  # the finished answer stays for a while
             figure.clear()
-            cells(figure.add_axes((0.01, 0.02, 0.98, 0.65)), *answer, t, last, enc)
+            draw_canvas(figure.add_axes((0.01, 0.02, 0.98, 0.65)), tokens, reveal_step, t, last,
+                        enc)
             figure.text(0.01, 0.97, question, va="top", parse_math=False)
             figure.text(0.99, 0.97, f"step {t} of {last}", ha="right", va="top")
             writer.grab_frame()
 
 
+# --- the script -----------------------------------------------------------------------------------
+
+def check_out(path: Path, kinds: set):
+    """Before anything runs: can a file of this name be written?"""
+    kind = path.suffix[1:].lower()
+    if kind not in kinds:
+        raise UserError(f"--out {path}: want a name that ends in .{', .'.join(sorted(kinds))}")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("files", nargs="*")
-    shared.add_argument("--out", help="file to write; out/COMMAND.png or .gif by default")
-    shared.add_argument("--ckpt", default="out/ckpt.pt", help="of order and gif")
-    shared.add_argument("--steps", type=parse_steps, default=4, help="of order and gif")
-    shared.add_argument("--item", type=int, default=0, help="which answer, of order and gif")
-    shared.add_argument("--order", default="learned:0.5", help="of gif")
-    shared.add_argument("--orders", default="learned,entropy_bound,left_to_right", help="of order")
     commands = parser.add_subparsers(dest="name", required=True)
-    for draw in (curve, order, gif, log):
-        commands.add_parser(draw.__name__, parents=[shared]).set_defaults(draw=draw)
+    for draw in (curve, seeds, log):
+        command = commands.add_parser(draw.__name__)
+        command.add_argument("files", nargs="+")
+        command.set_defaults(draw=draw)
+    command = commands.add_parser("order")
+    command.add_argument("file", help="results of eval_gsm8k.py")
+    command.add_argument("--ckpt", default="out/ckpt.pt", help="whose tokenizer it is")
+    command.add_argument("--steps", type=whole_number, default=4, help="the budget")
+    command.add_argument("--orders", default="learned,entropy_bound,left_to_right")
+    command.set_defaults(draw=order)
+    command = commands.add_parser("gif")
+    command.add_argument("--ckpt", default="out/ckpt.pt")
+    command.add_argument("--steps", type=parse_steps, default=4)
+    command.add_argument("--order", default="learned:0.5")
+    command.set_defaults(draw=gif)
+    for name, command in commands.choices.items():
+        if name in ("order", "gif"):
+            command.add_argument("--item", type=int, default=0, help="which answer")
+        command.add_argument("--out", type=path_of, help="out/NAME.png or .gif by default")
     args = parser.parse_args(argv)
-    if not args.files and args.draw is not gif:
-        parser.error(f"{args.name} of which files?")
-    args.out = Path(args.out or f"out/{args.name}.{'gif' if args.draw is gif else 'png'}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    args.out = args.out or Path(f"out/{args.name}.{'gif' if args.draw is gif else 'png'}")
+    kinds = {"gif"} if args.draw is gif else set(Figure().canvas.get_supported_filetypes())
+    check_out(args.out, kinds)
     args.draw(args)
 
 

@@ -3,96 +3,247 @@
     for s in 0 1 2 3 4 5 6 7 8 9; do python train.py --seed $s --out_dir out_$s; done
     python -m tools.seeds --runs out_0,out_1,out_2,out_3,out_4,out_5,out_6,out_7,out_8,out_9
 
-Each run is evaluated (eval_gsm8k.py, rules on denoiser.pt and on ckpt.pt, the better of both
-counts; JSON in its folder), then gets one row in --json:
+Each run of a toy is evaluated by eval_gsm8k.py, whose rows stay in the run's folder, and gets one
+row in --json. Rows of other runs that were made with the same flags stay there. Everything but the
+bound is of the items to report on, in %; budgets are keys, as text:
 
-val, val_se          bound at the end of the order stage, nats, and its standard error over items
-tied                 share of pairs of different operands of + and * whose scores lie within tau
-coherent, accuracy   of sample.py's default order, untuned, in %, and its mean steps: 4 at most
-coherent_tuned       of the learned order tuned on validation items, within 4 steps on average
-best_rule            of all rules below the best at 4 steps on average
-sequential           left_to_right, one token a step
-orders               {order: {steps: [coherent, accuracy, mean steps]}}, all of the above
-minutes              of the order stage, as it ran
+run, seed                     the folder NAME_SEED
+val, val_se                   bound at 4 steps at the end of the order stage, nats, and its standard
+                              error over items
+coherent, accuracy            of sample.py's default order, learned:0.5, at 4 steps
+steps_mean                    steps that it took on average
+coherent_by_steps             the same order at every budget
+accuracy_by_steps
+same_step_by_steps            of the pairs of exchangeable operands, those that it reveals in one
+                              step along the true answer
+best_rule_by_steps            the rule of the highest coherence, each rule on the best of
+                              denoiser.pt, ckpt.pt and, if it is there, control.pt
+best_rule_coherent_by_steps   and its coherence
+best_rule, best_rule_coherent the same at 4 steps
+sequential                    left_to_right, one token a step, coherent
+minutes                       of the order stage, as it ran
+orders                        {order: {steps: [coherent, accuracy, mean steps]}}, all of them
+
+A run takes six minutes or more on one core, most of it for the rules at 8 and 16 steps on each
+checkpoint, a third for the knobs that are tuned on validation items. --learned_only takes one
+minute, shows what needs no rule and writes no --json.
 """
 
 import argparse
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
+from statistics import median
 
-import torch
+from tqdm import tqdm
 
 import eval_gsm8k
-from data import build_tokenizer, encode, load_splits, run_script
-from model import load_checkpoint, trim, versions
-from posterior import OrderPosterior
+from common import UserError, load_state, path_of, run_script, versions, write_json
+from data import build_tokenizer
+from eval_gsm8k import best_rules, load_items, locked, pairs_that_meet, run_evaluation
+from model import load_checkpoint
+from sample import whole_number
 
 DEFAULT = "learned:0.5"  # sample.py's
-TUNED = f"learned,{DEFAULT},entropy_bound,entropy_bound+eos_last"
-PLAIN = "iid,confidence,margin,left_to_right,entropy,dilated,threshold"
+LEARNED = (DEFAULT, "learned")
+RULES = ("iid", "confidence", "margin", "left_to_right", "dilated", "threshold", "entropy_bound",
+         "entropy_bound+eos_last")
 
 
-@torch.no_grad()
-def tied(out: Path) -> float:
-    """Share of the pairs that may stand in either order whose scores differ by less than tau."""
+# --- one run --------------------------------------------------------------------------------------
+
+def order_records(out: Path) -> list[dict]:
+    """The order stage's lines of a run's log."""
+    try:
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [record for record in records if record["stage"] == "order"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"cannot read {out / 'log.jsonl'}: {e}") from e
+
+
+def check_run(out: Path, budgets: list[int]):
+    """Before anything runs: is this the folder of a finished run of a toy?"""
+    if not re.fullmatch(r".*_\d+", out.name):
+        raise UserError(f"--runs {out}: want folders NAME_SEED, like out_0")
+    load_state(out / "denoiser.pt")
+    config = load_state(out / "ckpt.pt")["train_config"]
+    if not config["dataset"].startswith("toy"):
+        raise UserError(f"{out} was trained on {config['dataset']}: exchangeable operands are the "
+                        "toys'")
+    if max(budgets) > config["answer_len"]:
+        raise UserError(f"--steps {max(budgets)}: the answers of {out} have {config['answer_len']} "
+                        "tokens")
+    records = order_records(out)
+    if not records or "val_se" not in records[-1]:
+        raise UserError(f"{out / 'log.jsonl'} has no end of an order stage")
+
+
+def evaluate(args, checkpoints: list[Path], orders, steps: str, into: str) -> list[dict]:
+    """Rows of eval_gsm8k.py, which stay in the run's folder: called again, only what is missing is
+    measured. Learned orders run on the first checkpoint."""
+    first, *others = map(str, checkpoints)
+    path = checkpoints[0].with_name(into)
+    asked, _, _ = run_evaluation(eval_args(args, [
+        "--ckpt", first, "--control", ",".join(others), "--json", str(path), "--steps", steps,
+        "--orders", ",".join(orders), "--metric", "coherent", "--batch_size", "32"]))
+    return asked
+
+
+def eval_args(args, words=()):
+    """eval_gsm8k.py's, for the items to report on and those to tune on."""
+    return eval_gsm8k.parse_args(["--split", args.split, "--limit", str(args.limit),
+                                  "--tune_items", str(args.tune_items), *words])
+
+
+def pairs_by_steps(out: Path, args) -> dict:
+    """Of learned:0.5, in %: the exchangeable pairs that meet, on the items that are reported on."""
     model, state = load_checkpoint(out / "ckpt.pt")
-    config, enc = state["train_config"], build_tokenizer(state["pieces"])
-    q = OrderPosterior(replace(model.config, n_layer=config["n_layer_posterior"]), config["T"])
-    q.load_state_dict(state["states"][0])
-    items = load_splits(config["dataset"], config["data_dir"])["val"][:300]
-    prompt, x0, _ = encode(items, enc, config["prompt_len"], config["answer_len"])
-    s, _ = q(trim(prompt, model.config.pad), x0)
-    signs = torch.tensor([enc.encode_single_token(sign) for sign in "+*"])
-    rows, at = torch.isin(x0[:, 1:-1], signs).nonzero().unbind(1)       # the sign is at + 1
-    differ = x0[rows, at] != x0[rows, at + 2]
-    gap = (s[rows, at] - s[rows, at + 2]).abs()[differ]
-    return (gap < config["tau_end"]).float().mean().item()
+    enc = build_tokenizer(state["pieces"])
+    _, items = load_items(eval_args(args), state["train_config"])
+    return {steps: 100 * pairs_that_meet(model, enc, items, int(steps), DEFAULT)
+            for steps in args.steps.split(",")}
 
 
-def evaluate(out: Path, args, name: str, steps: str, orders: str) -> dict:
-    """{order: {steps: [coherent, accuracy, mean steps]}}, each on the better of its checkpoints."""
-    path = out / f"{args.split}_{name}.json"
-    eval_gsm8k.main(["--ckpt", str(out / "ckpt.pt"), "--control", str(out / "denoiser.pt"),
-                     "--json", str(path), "--split", args.split, "--limit", str(args.limit),
-                     "--tune_items", str(args.tune_items), "--steps", steps, "--orders", orders])
-    found = {}
-    for row in sorted(json.loads(path.read_text())["rows"], key=lambda row: row["score"]):
+def by_steps(rows: list[dict]) -> dict:
+    """{order: {steps: [coherent, accuracy, mean steps]}}."""
+    orders = {}
+    for row in rows:
         numbers = [100 * row["coherent"], 100 * row["accuracy"], row["steps"][0]]
-        found.setdefault(row["asked"], {})[str(row["budget"])] = numbers
-    return found
+        orders.setdefault(row["asked"], {})[str(row["budget"])] = numbers
+    return orders
+
+
+def best_rule_at(steps: str, orders: dict) -> tuple[str, float]:
+    coherent = {rule: orders[rule][steps][0] for rule in RULES}
+    best = max(coherent, key=coherent.get)
+    return best, coherent[best]
 
 
 def row_of(out: Path, args) -> dict:
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    stage = [record for record in log if record["stage"] == "order"]
-    orders = evaluate(out, args, "tuned", "2,3,4,8", TUNED)
-    orders |= evaluate(out, args, "plain", "4", PLAIN)
-    slow = evaluate(out, args, "slow", "L", "left_to_right")["left_to_right"].popitem()[1][0]
-    rules = {name: by["4"][0] for name, by in orders.items() if "learned" not in name}
-    best, (coherent, accuracy, steps) = max(rules, key=rules.get), orders[DEFAULT]["4"]
-    return {"seed": int(out.name.rpartition("_")[2]), "val": stage[-1]["val"],
-            "val_se": stage[-1]["val_se"], "tied": tied(out), "coherent": coherent,
-            "accuracy": accuracy, "steps_mean": steps,
-            "coherent_tuned": orders["learned"]["4"][0], "steps_tuned": orders["learned"]["4"][2],
-            "best_rule": best, "best_rule_coherent": rules[best], "sequential": slow,
-            "minutes": sum(record["seconds"] for record in stage) / 60, "orders": orders}
+    records = order_records(out)
+    names = [name for name in ("ckpt", "denoiser", "control") if (out / f"{name}.pt").is_file()]
+    checkpoints = [out / f"{name}.pt" for name in names]
+    rows = evaluate(args, checkpoints, LEARNED, args.steps, f"{args.split}.json")
+    orders = by_steps(rows)
+    default = orders[DEFAULT]
+    row = {"run": out.name, "seed": int(out.name.rpartition("_")[2]),
+           "val": records[-1]["val"], "val_se": records[-1]["val_se"],
+           "coherent": default["4"][0], "accuracy": default["4"][1], "steps_mean": default["4"][2],
+           "coherent_by_steps": {steps: numbers[0] for steps, numbers in default.items()},
+           "accuracy_by_steps": {steps: numbers[1] for steps, numbers in default.items()},
+           "same_step_by_steps": pairs_by_steps(out, args),
+           "minutes": sum(record["seconds"] for record in records) / 60, "orders": orders}
+    if args.learned_only:
+        return row
+
+    rows = evaluate(args, checkpoints, RULES, args.steps, f"{args.split}.json")
+    orders |= by_steps(best_rules(rows))
+    best = {steps: best_rule_at(steps, orders) for steps in args.steps.split(",")}
+    row["best_rule_by_steps"] = {steps: rule for steps, (rule, _) in best.items()}
+    row["best_rule_coherent_by_steps"] = {steps: share for steps, (_, share) in best.items()}
+    row["best_rule"], row["best_rule_coherent"] = best["4"]
+
+    # One token a step, on the denoiser that was best at this rule's longest budget.
+    left_to_right = [row for row in best_rules(rows) if row["asked"] == "left_to_right"]
+    best_denoiser = out / f"{left_to_right[-1]['checkpoint']}.pt"
+    [one_a_step] = evaluate(args, [best_denoiser], ["left_to_right"], "L",
+                            f"{args.split}_one_a_step.json")
+    row["sequential"] = 100 * one_a_step["coherent"]
+    return row
 
 
-def main(argv=None):
+# --- all of them ----------------------------------------------------------------------------------
+
+def read_rows(path: Path, flags: dict) -> list[dict]:
+    """The rows that are there, if they were made with the same flags."""
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text())
+        theirs = {name: content["args"][name] for name in flags}
+        rows = [dict(row) for row in content["rows"]]
+        names = [row["run"] for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"--json {path} holds no results of this tool: name another") from e
+    if names and theirs != flags:
+        raise UserError(f"--json {path} holds rows made with {theirs}: give the same flags, or "
+                        "name another")
+    return rows
+
+
+def store(path: Path, flags: dict, row: dict):
+    with locked(path):
+        rows = [other for other in read_rows(path, flags) if other["run"] != row["run"]]
+        rows = sorted([*rows, row], key=lambda row: (row["seed"], row["run"]))
+        write_json(path, {"args": flags, **versions(), "rows": rows})
+
+
+def show(row: dict):
+    steps = list(row["coherent_by_steps"])
+    print(f"\n{row['run']}: bound {row['val']:.2f} ± {row['val_se']:.2f} nats, order stage "
+          f"{row['minutes']:.1f} minutes")
+    print(f"{'at most, steps':<28}" + "".join(f"{n:>8}" for n in steps))
+    lines = {"coherent, %": "coherent_by_steps", "accurate, %": "accuracy_by_steps",
+             "pairs that meet, %": "same_step_by_steps",
+             "best rule, coherent, %": "best_rule_coherent_by_steps"}
+    for label, name in lines.items():
+        if name in row:
+            print(f"{label:<28}" + "".join(f"{row[name][n]:>8.1f}" for n in steps))
+    if "best_rule_by_steps" in row:
+        rules = [f"{n}: {rule}" for n, rule in row["best_rule_by_steps"].items()]
+        print(f"best rule by steps          {', '.join(rules)}\n"
+              f"left to right, one a step   {row['sequential']:.1f} % coherent")
+
+
+def show_medians(rows: list[dict]):
+    print(f"\nmedian of {len(rows)} runs (least - most), %")
+    for label, name in (("coherent", "coherent_by_steps"),
+                        ("best rule", "best_rule_coherent_by_steps"),
+                        ("pairs that meet", "same_step_by_steps")):
+        for steps in rows[0][name]:
+            values = [row[name][steps] for row in rows]
+            print(f"{label:<16} at {steps:>2} steps{median(values):>8.1f} "
+                  f"({min(values):.1f} - {max(values):.1f})")
+
+
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="out_0,out_1", help="folders NAME_SEED of train.py")
-    parser.add_argument("--split", default="test", help="val or test")
-    parser.add_argument("--limit", type=int, default=300, help="items to report on")
-    parser.add_argument("--tune_items", type=int, default=32, help="validation items to tune on")
-    parser.add_argument("--json", default="assets/toy_seeds.json")
+    parser.add_argument("--split", choices=["val", "test"], default="test")
+    parser.add_argument("--limit", type=whole_number, default=300, help="items to report on")
+    parser.add_argument("--tune_items", type=whole_number, default=32,
+                        help="validation items to tune on")
+    parser.add_argument("--steps", default="2,3,4,6,8,16", help="budgets, 4 among them")
+    parser.add_argument("--json", type=path_of, default="assets/toy_seeds.json")
+    parser.add_argument("--learned_only", action="store_true",
+                        help="show what needs no rule, and write nothing")
     args = parser.parse_args(argv)
-    rows = [row_of(Path(out), args) for out in args.runs.split(",")]
-    eval_gsm8k.write_json(Path(args.json), {"args": vars(args), **versions(), "rows": rows})
-    for row in rows:
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in row.items() if k != "orders"))
+    try:
+        budgets = [str(whole_number(text)) for text in args.steps.split(",")]
+    except argparse.ArgumentTypeError as e:
+        parser.error(f"--steps: {e}")
+    if "4" not in budgets:
+        parser.error("--steps must have 4 among them")
+    args.steps = ",".join(budgets)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    runs = [path_of(run) for run in args.runs.split(",")]
+    flags = {name: getattr(args, name) for name in ("split", "limit", "tune_items", "steps")}
+    for out in runs:
+        check_run(out, [int(steps) for steps in args.steps.split(",")])
+    if not args.learned_only:
+        read_rows(args.json, flags)  # it is refused before anything runs
+    for out in tqdm(runs, disable=None):
+        row = row_of(out, args)
+        if not args.learned_only:
+            store(args.json, flags, row)
+        show(row)
+    if not args.learned_only:
+        show_medians(read_rows(args.json, flags))
 
 
 if __name__ == "__main__":
