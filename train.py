@@ -277,8 +277,8 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
             elbo = denoiser_elbo(networks.model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}
 
-        # [NEW] tau falls: at first many orders are tried, soon few. The KL weight of q grows: q looks
-        # around before it has to be predictable.
+        # [NEW] tau falls: at first many orders are tried, soon few. The KL weight of q grows: q
+        # looks around before it has to be predictable.
         tau = c.tau * (c.tau_end / c.tau) ** progress**0.5
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
         scores, h = networks.posterior(prompt, x0)

@@ -517,18 +517,26 @@ def test_untrained_gates_are_not_called_learned(straight, tmp_path, name, capfd)
     assert outcome(eval_gsm8k, argv, capfd)[0] == 0
 
 
-def test_of_pairs_the_text_counts(straight, fast, tmp_path, capfd):
-    """The same file of questions, trained as pairs: the metric is accuracy, by the whole text."""
+def test_of_pairs_the_text_counts(straight, tmp_path, capfd, monkeypatch):
+    """The metric is accuracy, by the whole text; what the model writes is `written`."""
     state = torch.load(straight / "ckpt.pt", weights_only=True)
-    state["train_config"]["dataset"] = "pairs"
+    state["train_config"] |= {"dataset": "pairs", "data_dir": str(tmp_path)}
     torch.save(state, tmp_path / "ckpt.pt")
+    capitals = {"France?": "Paris", "Italy?": "Rome", "Spain?": "Madrid"}
+    lines = [json.dumps({"question": q, "answer": a}) for q, a in capitals.items()]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    written = iter(["Paris ", "rome", "#### Madrid"])
+    monkeypatch.setattr(eval_gsm8k, "decode", lambda tokens, enc: next(written))
+
     argv = ["--ckpt", str(tmp_path / "ckpt.pt"), "--control", "", "--steps", "2", "--orders", "iid",
             "--json", str(tmp_path / "eval.json")]
-    status, out, _ = outcome(eval_gsm8k, argv, capfd)
+    status, out, err = outcome(eval_gsm8k, argv, capfd)
+    assert status == 0, err
     [row] = read_results(tmp_path / "eval.json")["rows"]
-    assert status == 0 and "pairs, 8 test items" in out and "accuracy in %" in out
+    assert "pairs, 3 test items, 3 of them fit; accuracy in %" in out
     assert row["of"]["reported"]["metric"] == "accuracy" and row["no_number"] == 0
-    assert math.isclose(row["score"], sum(row["right"]) / 8)
+    assert row["right"] == [True, False, False] and math.isclose(row["score"], 1 / 3)
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -337,7 +337,7 @@ def test_forced_log_p_is_the_likelihood_of_the_sampler(order, monkeypatch):
 def test_drawn_answers_follow_the_likelihoods(order, monkeypatch):
     """The order is a function of the answer: it looks at the likeliest token, not at the drawn."""
     monkeypatch.setattr(tables, "V", 4)
-    model, x0 = TableModel(seed=1), torch.tensor(answers(3))
+    model, x0 = TableModel(seed=0), torch.tensor(answers(3))
     forced = generate(model, prompts(64), 3, order, x0=x0)
     drawn = generate(model, prompts(20_000), 3, order, temperature=1.0)
     assert len(set(map(tuple, forced.reveal_step.tolist()))) > 1

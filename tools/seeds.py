@@ -100,11 +100,13 @@ def pairs_by_steps(out: Path, args) -> dict:
     model, state = load_checkpoint(out / "ckpt.pt")
     enc = build_tokenizer(state["pieces"])
     _, items = load_items(eval_args(args), state["train_config"])
-    return {steps: 100 * pairs_that_meet(model, enc, items, int(steps), DEFAULT)
-            for steps in args.steps.split(",")}
+    shares = {}
+    for steps in args.steps.split(","):
+        shares[steps] = 100 * pairs_that_meet(model, enc, items, int(steps), DEFAULT)
+    return shares
 
 
-def by_steps(rows: list[dict]) -> dict:
+def by_order(rows: list[dict]) -> dict:
     """{order: {steps: [coherent, accuracy, mean steps]}}."""
     orders = {}
     for row in rows:
@@ -113,38 +115,44 @@ def by_steps(rows: list[dict]) -> dict:
     return orders
 
 
-def best_rule_at(steps: str, orders: dict) -> tuple[str, float]:
-    coherent = {rule: orders[rule][steps][0] for rule in RULES}
-    best = max(coherent, key=coherent.get)
-    return best, coherent[best]
+def column(by_steps: dict, i: int) -> dict:
+    """The i-th of the numbers at every budget."""
+    return {steps: numbers[i] for steps, numbers in by_steps.items()}
 
 
 def row_of(out: Path, args) -> dict:
-    records = order_records(out)
+    """The row of one run, without what is of rules if those are left out."""
     names = [name for name in ("ckpt", "denoiser", "control") if (out / f"{name}.pt").is_file()]
     checkpoints = [out / f"{name}.pt" for name in names]
+    records = order_records(out)
     rows = evaluate(args, checkpoints, LEARNED, args.steps, f"{args.split}.json")
-    orders = by_steps(rows)
+    orders = by_order(rows)
     default = orders[DEFAULT]
+    coherent, accuracy, mean_steps = default["4"]
     row = {"run": out.name, "seed": int(out.name.rpartition("_")[2]),
            "val": records[-1]["val"], "val_se": records[-1]["val_se"],
-           "coherent": default["4"][0], "accuracy": default["4"][1], "steps_mean": default["4"][2],
-           "coherent_by_steps": {steps: numbers[0] for steps, numbers in default.items()},
-           "accuracy_by_steps": {steps: numbers[1] for steps, numbers in default.items()},
+           "coherent": coherent, "accuracy": accuracy, "steps_mean": mean_steps,
+           "coherent_by_steps": column(default, 0), "accuracy_by_steps": column(default, 1),
            "same_step_by_steps": pairs_by_steps(out, args),
            "minutes": sum(record["seconds"] for record in records) / 60, "orders": orders}
     if args.learned_only:
         return row
 
-    rows = evaluate(args, checkpoints, RULES, args.steps, f"{args.split}.json")
-    orders |= by_steps(best_rules(rows))
-    best = {steps: best_rule_at(steps, orders) for steps in args.steps.split(",")}
-    row["best_rule_by_steps"] = {steps: rule for steps, (rule, _) in best.items()}
-    row["best_rule_coherent_by_steps"] = {steps: share for steps, (_, share) in best.items()}
-    row["best_rule"], row["best_rule_coherent"] = best["4"]
+    # Each rule on its best checkpoint, then the best of the rules at every budget.
+    rows = best_rules(evaluate(args, checkpoints, RULES, args.steps, f"{args.split}.json"))
+    rules = by_order(rows)
+    best = {}
+    for steps in args.steps.split(","):
+        best[steps] = max(RULES, key=lambda rule: rules[rule][steps][0])
+    row["orders"] = orders | rules
+    row["best_rule_by_steps"] = best
+    row["best_rule_coherent_by_steps"] = {steps: rules[rule][steps][0]
+                                          for steps, rule in best.items()}
+    row["best_rule"] = best["4"]
+    row["best_rule_coherent"] = row["best_rule_coherent_by_steps"]["4"]
 
     # One token a step, on the denoiser that was best at this rule's longest budget.
-    left_to_right = [row for row in best_rules(rows) if row["asked"] == "left_to_right"]
+    left_to_right = [one for one in rows if one["asked"] == "left_to_right"]
     best_denoiser = out / f"{left_to_right[-1]['checkpoint']}.pt"
     [one_a_step] = evaluate(args, [best_denoiser], ["left_to_right"], "L",
                             f"{args.split}_one_a_step.json")
@@ -179,20 +187,19 @@ def store(path: Path, flags: dict, row: dict):
 
 
 def show(row: dict):
-    steps = list(row["coherent_by_steps"])
     print(f"\n{row['run']}: bound {row['val']:.2f} ± {row['val_se']:.2f} nats, order stage "
           f"{row['minutes']:.1f} minutes")
-    print(f"{'at most, steps':<28}" + "".join(f"{n:>8}" for n in steps))
-    lines = {"coherent, %": "coherent_by_steps", "accurate, %": "accuracy_by_steps",
-             "pairs that meet, %": "same_step_by_steps",
-             "best rule, coherent, %": "best_rule_coherent_by_steps"}
-    for label, name in lines.items():
+    print(f"{'steps, at most':<26}" + "".join(f"{n:>8}" for n in row["coherent_by_steps"]))
+    for label, name in (("coherent, %", "coherent_by_steps"), ("accurate, %", "accuracy_by_steps"),
+                        ("pairs that meet, %", "same_step_by_steps"),
+                        ("best rule, coherent, %", "best_rule_coherent_by_steps")):
         if name in row:
-            print(f"{label:<28}" + "".join(f"{row[name][n]:>8.1f}" for n in steps))
+            cells = [f"{value:>8.1f}" for value in row[name].values()]
+            print(f"{label:<26}" + "".join(cells))
     if "best_rule_by_steps" in row:
-        rules = [f"{n}: {rule}" for n, rule in row["best_rule_by_steps"].items()]
-        print(f"best rule by steps          {', '.join(rules)}\n"
-              f"left to right, one a step   {row['sequential']:.1f} % coherent")
+        rules = [f"{steps} {rule}" for steps, rule in row["best_rule_by_steps"].items()]
+        print(f"best rule by steps: {', '.join(rules)}\n"
+              f"left to right, one token a step: {row['sequential']:.1f} % coherent")
 
 
 def show_medians(rows: list[dict]):
