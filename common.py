@@ -180,7 +180,11 @@ def load_state(path: str | Path, device="cpu") -> dict:
     if not path.exists():
         raise UserError(f"{path} not found: run `python train.py` first, or pass its path")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         if state["schema"] != SCHEMA:
             raise ValueError(f"schema {state['schema']}, this code reads {SCHEMA}: train again")
         entries = {"model_config", "model", "pieces", "train_config", "stage", "step", "log",
@@ -188,8 +192,6 @@ def load_state(path: str | Path, device="cpu") -> dict:
         missing = entries - set(state)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:  # unpickling a foreign file raises almost anything
         raise not_a_checkpoint(path, e) from e
     return state

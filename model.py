@@ -177,7 +177,8 @@ class GateHead(nn.Module):
 
     def forward(self, h, masked, steps_left):
         """h (..., L, D), masked (..., L), steps_left (..., 1) -> (..., L)."""
-        score = h @ self.weight + self.position_bias
+        with torch.autocast(h.device.type, enabled=False):       # bfloat16 would tie scores
+            score = h.float() @ self.weight + self.position_bias
         row = steps_left.clamp(max=len(self.steps_bias)) - 1     # more steps take the last bias
         logits = score - nth_score(score, masked, steps_left) + self.steps_bias[row]
         return 15 * torch.tanh(logits / 15)  # [NEW] soft-capped, so every log stays finite

@@ -65,7 +65,8 @@ class OrderPosterior(nn.Module):
         scale the scores grow until all K orders are equal, and q learns nothing more.
         """
         h = self.trunk(self.trunk.encode_prompt(prompt), x0).float()
-        scores = self.score_head(h).squeeze(-1)
+        with torch.autocast(h.device.type, enabled=False):       # bfloat16 would tie scores
+            scores = self.score_head(h).squeeze(-1)
         return F.layer_norm(scores, scores.shape[-1:]), h
 
 
