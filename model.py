@@ -161,9 +161,9 @@ class Trunk(nn.Module):
 class GateHead(nn.Module):
     """Eq. 1: the logits of alpha. p scores the positions of a state, and opens the best of them.
 
-    How many are the best depends on how many steps are left: a gate is closer to open the higher
-    its score is above the n-th best, where n is an even share of what is masked, as in q's gates
-    (Eq. 3). So one score per position serves every number of steps.
+    [NEW] How many are the best depends on how many steps are left. A gate is the more likely to
+    open, the higher its score is above the n-th best, where n is an even share of what is masked,
+    as in q's gates (Eq. 3). So one score per position serves every number of steps.
 
     [NEW] Each position has a bias in its score. The biases begin far apart, so p begins with an
     order of its own, and q, which the KL pulls to what p can predict, does not tie neighbours.

@@ -172,8 +172,8 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
               critic_terms=None):
     """What training maximises, and logs: both for each example, (B,).
 
-    Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is drawn
-    for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
+    [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
+    drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
     scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
     weight of the KL for q; p's gates always learn at weight 1. critic_terms: critic.py.
@@ -193,7 +193,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6. q and p see the same KL, but only q's is weighted, so each gets its own.
+    # Eq. 5 and 6. [NEW] q and p see the same KL, but only q's is weighted: each gets its own.
     last = steps_left == 1
     reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
     kl_for_q = step_kl(log_q, gate_logits.detach(), masked, last)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, pick_device, precise, run_script
-from data import build_tokenizer, decode, encode, final_number, load_splits
+from data import TOY_SIZES, build_tokenizer, decode, encode, final_number, load_splits
 from model import MDM, load_checkpoint, trim
 
 
@@ -432,7 +432,8 @@ def items_to_show(args, config: dict, enc, model_config):
             n = len(enc.encode_ordinary(item["question"]))
             raise UserError(f"the question has {n} tokens, not 1 to {model_config.prompt_len}")
         return [item], prompt
-    splits = load_splits(config["dataset"], args.data_dir or config["data_dir"])
+    splits = load_splits(config["dataset"], args.data_dir or config["data_dir"],
+                         toy_sizes={"val": TOY_SIZES["val"]})
     items = splits["val"]
     prompt, _, fitting = encode(items, enc, model_config.prompt_len, model_config.answer_len)
     if not fitting:

@@ -85,6 +85,7 @@ NETWORK = ("test_the_critic_says_0_at_first_and_does_not_teach_what_it_reads",)
 FEATURES = ("test_the_critic_reads_q_s_hidden_state_and_the_tokens_at_their_positions",)
 SPREAD = ("test_scores_have_mean_0_and_spread_1_in_each_answer",)
 Q_READS = ("test_q_reads_every_token_of_prompt_and_answer_in_its_place",)
+AUTOCAST = ("test_scores_and_gates_are_made_in_float32_under_bfloat16_autocast",)
 FINITE = ("test_gradients_stay_finite", [1e4, -1e4, 0.0])
 
 TRUNK = ("test_the_trunk_is_a_plain_transformer", [4, 5, 6, 7, 10, 10])
@@ -119,7 +120,8 @@ VALUE = "value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)"
 REWARD = "reward = (reconstruction - kl_weight * kl_for_q)[:, 1:].detach()"
 LOG_ALPHAS = "F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)"
 GATE_LOGITS = "gate_logits = model.gate_logits(h, masked, steps_left)"
-EAT = "log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f)"
+IN_FLOAT32 = "with torch.autocast(h.device.type, enabled=False):"
+LOG_Q_LINE = "log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f)"
 
 POSTERIOR = {
     # Eq. 3
@@ -128,8 +130,8 @@ POSTERIOR = {
     "no tau": ("log_e = ((scores - best) / tau)", "log_e = ((scores - best))", GATES),
     "no tau in the share": ("((scores - nth) / tau)", "((scores - nth))", GATES),
     "best of all positions": ("scores.masked_fill(~masked, -torch.inf).amax", "scores.amax", GATES),
-    "no share": (EAT, "log_q = log_e", GATES),
-    "the share alone": (EAT, "log_q = log_f", GATES),
+    "no share": (LOG_Q_LINE, "log_q = log_e", GATES),
+    "the share alone": (LOG_Q_LINE, "log_q = log_f", GATES),
     "log q above 0": ("+ log_f).clamp(max=0)", "+ log_f)",
                       ("test_no_gate_opens_with_more_than_certainty",)),
     "closed gates left out of log q": ("torch.where(opens, log_q, log_one_minus(log_q)).sum(-1)",
@@ -157,6 +159,7 @@ POSTERIOR = {
     "q with the prompt's tokens sorted": ("self.trunk.encode_prompt(prompt), x0)",
                                           "self.trunk.encode_prompt(prompt.sort(-1).values), x0)",
                                           Q_READS),
+    "scores made in bfloat16": (IN_FLOAT32, "if True:", AUTOCAST),
     # Eq. 5 and 6
     "KL without its normaliser": ("kl_of_gates.sum(-1) + log_some", "kl_of_gates.sum(-1)",
                                   RAO_BLACKWELL),
@@ -310,6 +313,7 @@ MODEL = {
     "share rounded down": (NTH, NTH.replace("/ steps_left", "// steps_left"), GATES),
     "n-th best of all positions": ("score.masked_fill(~masked, -torch.inf).sort", "score.sort",
                                    SOFT_CAP),
+    "gates made in bfloat16": (IN_FLOAT32, "if True:", AUTOCAST),
     "gates capped at 14": ("15 * torch.tanh(logits / 15)", "14 * torch.tanh(logits / 14)",
                            SOFT_CAP),
     "gates cut off at 15": ("15 * torch.tanh(logits / 15)", "logits.clamp(-15, 15)", SOFT_CAP),

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from common import UserError, path_of, run_script
-from data import build_tokenizer, encode, load_splits
+from data import TOY_SIZES, build_tokenizer, encode, load_splits
 from eval_gsm8k import belongs, best_rules, read_results
 from model import load_checkpoint
 from sample import (ORDERS, generate, need_trained_gates, parse_order, parse_steps, printable,
@@ -264,7 +264,8 @@ def gif(args):
     need_trained_gates(args.ckpt, state, [chosen])
     enc = build_tokenizer(state["pieces"])
     config = state["train_config"]
-    items = load_splits(config["dataset"], config["data_dir"])["val"]
+    items = load_splits(config["dataset"], config["data_dir"],
+                        toy_sizes={"val": TOY_SIZES["val"]})["val"]
     prompt, _, fitting = encode(items, enc, model.config.prompt_len, model.config.answer_len)
     if not fitting:
         raise UserError(f"none of {len(items)} validation items fits this checkpoint's canvas")
