@@ -413,16 +413,17 @@ def read_results(path: Path) -> dict:
 
 
 def key_of(row: dict) -> tuple:
+    """What a row is of, but for the code's version."""
     return row["asked"], row["budget"], row["of"]
 
 
 def belongs(row: dict, meta: dict) -> bool:
     """Is this a row of the evaluation that `meta` describes? Its checkpoint is one of those, and it
     was tuned on those items or not at all."""
-    checkpoint, reported, tuned_on = (row["of"][name] for name in
-                                      ("checkpoint", "reported", "tuned_on"))
-    return (checkpoint in meta["checkpoints"].values() and reported == meta["reported"]
-            and tuned_on in (None, meta["tuned_on"]))
+    of = row["of"]
+    one_of_these = of["checkpoint"] in meta["checkpoints"].values()
+    not_tuned_on_others = of["tuned_on"] in (None, meta["tuned_on"])
+    return one_of_these and not_tuned_on_others and of["reported"] == meta["reported"]
 
 
 def store(path: Path, meta: dict, new_rows=()) -> list[dict]:
@@ -448,20 +449,22 @@ class Checkpoint:
 
 def load_checkpoints(paths: list[str], device) -> list[Checkpoint]:
     """Checkpoints of one run, under their files' names; what is the same file twice counts once."""
-    found = []
+    found = {}  # by name
+    known = set()
     for path in paths:
         model, state = load_checkpoint(path, device)
         crc32 = zlib.crc32(path_of(path).read_bytes())
-        if crc32 in [other.crc32 for other in found]:
+        if crc32 in known:
             continue
+        known.add(crc32)
         name = path_of(path).stem
-        if name in [other.name for other in found]:
+        if name in found:
             name = f"{name}_{len(found) + 1}"
-        checkpoint = Checkpoint(name, model, state, crc32)
-        if found and run_of(checkpoint) != run_of(found[0]):
+        found[name] = Checkpoint(name, model, state, crc32)
+        first = next(iter(found.values()))
+        if run_of(found[name]) != run_of(first):
             raise UserError(f"{paths[0]} and {path} are of different runs: other sizes or pieces")
-        found.append(checkpoint)
-    return found
+    return list(found.values())
 
 
 def run_of(checkpoint: Checkpoint) -> tuple:
@@ -492,7 +495,7 @@ def parse_args(argv):
     parser.add_argument("--json", type=path_of, default="out/eval.json", help="file of the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    args.orders = parse_orders(args.orders)
+    args.orders = list(dict.fromkeys(parse_orders(args.orders)))
     try:
         args.steps = [parse_steps(text) for text in args.steps.split(",")]
     except argparse.ArgumentTypeError as e:
@@ -514,11 +517,20 @@ def load_items(args, config: dict) -> tuple[list[dict], list[dict]]:
     return tuning, items[: args.limit]
 
 
-def jobs_of(orders: list[Order], budgets: list[int], checkpoints: list[Checkpoint], meta: dict):
-    """Every row to measure: its order, its checkpoint, and the fields that it begins with."""
+@dataclass
+class Job:
+    """A row to measure."""
+    order: Order
+    checkpoint: Checkpoint
+    begin: dict   # the fields that are known before
+
+
+def jobs_of(args, checkpoints: list[Checkpoint], meta: dict) -> list[Job]:
+    """One for each budget, order and, for rules, checkpoint."""
+    L = checkpoints[0].model.config.answer_len
     jobs = []
-    for budget in budgets:
-        for order in orders:
+    for budget in sorted({min(budget, L) for budget in args.steps}):
+        for order in args.orders:
             knobs = ORDERS[order.name][2] if order.knob is None else []
             tuned_on = meta["tuned_on"] if knobs else None
             for checkpoint in checkpoints[:1] if order.name == "learned" else checkpoints:
@@ -526,7 +538,7 @@ def jobs_of(orders: list[Order], budgets: list[int], checkpoints: list[Checkpoin
                       "tuned_on": tuned_on}
                 begin = {"asked": str(order), "budget": budget, "checkpoint": checkpoint.name,
                          "of": of, "knobs": knobs, "commit": versions()["commit"]}
-                jobs.append((order, checkpoint, begin))
+                jobs.append(Job(order, checkpoint, begin))
     return jobs
 
 
@@ -541,7 +553,6 @@ def run_evaluation(args) -> tuple[list[dict], list[dict], dict]:
     dataset = state["train_config"]["dataset"]
     metric = args.metric or default_metric(dataset)
     enc = build_tokenizer(state["pieces"])
-    L = checkpoints[0].model.config.answer_len
     tuning, items = load_items(args, state["train_config"])
 
     # Written before anything runs: a file that cannot be written is no surprise at the end.
@@ -551,7 +562,6 @@ def run_evaluation(args) -> tuple[list[dict], list[dict], dict]:
             "tuned_on": crc_of(tuning), "train_config": state["train_config"],
             "trained_by": state["versions"], "device": str(device), **versions()}
     rows = store(args.json, meta)
-    known = [(key_of(row), row["knobs"]) for row in rows]
 
     def evaluate_on(items, checkpoint, order, cap):
         return evaluate(checkpoint.model, enc, items, order, cap, metric, dataset,
@@ -561,20 +571,22 @@ def run_evaluation(args) -> tuple[list[dict], list[dict], dict]:
     def on_validation(checkpoint, order, cap):
         return evaluate_on(tuning, checkpoint, order, cap)
 
-    budgets = list(dict.fromkeys(min(budget, L) for budget in args.steps))
-    jobs = jobs_of(args.orders, budgets, checkpoints, meta)
-    missing = [job for job in jobs if (key_of(job[2]), job[2]["knobs"]) not in known]
-    for order, checkpoint, begin in tqdm(missing, disable=None):
-        chosen = order
-        cap = begin["budget"]
-        if begin["knobs"]:
-            measure = functools.partial(on_validation, checkpoint)
-            chosen, cap = tune(measure, order, begin["knobs"], cap, L)
-        row = evaluate_on(items, checkpoint, chosen, cap)
-        rows = store(args.json, meta, [{**begin, **row}])
+    # Rows that are there stay, unless an order is now tuned by other knobs.
+    known = [(key_of(row), row["knobs"]) for row in rows]
+    jobs = jobs_of(args, checkpoints, meta)
+    missing = [job for job in jobs if (key_of(job.begin), job.begin["knobs"]) not in known]
+    for job in tqdm(missing, disable=None):
+        order = job.order
+        cap = job.begin["budget"]
+        if job.begin["knobs"]:
+            L = job.checkpoint.model.config.answer_len
+            measure = functools.partial(on_validation, job.checkpoint)
+            order, cap = tune(measure, order, job.begin["knobs"], cap, L)
+        row = evaluate_on(items, job.checkpoint, order, cap)
+        rows = store(args.json, meta, [{**job.begin, **row}])
 
     mine = [row for row in rows if belongs(row, meta)]
-    keys = [key_of(begin) for _, _, begin in jobs]
+    keys = [key_of(job.begin) for job in jobs]
     asked = [row for row in mine if key_of(row) in keys]
     return asked, mine, meta
 
@@ -582,13 +594,12 @@ def run_evaluation(args) -> tuple[list[dict], list[dict], dict]:
 def main(argv=None):
     args = parse_args(argv)
     asked, mine, meta = run_evaluation(args)
-    reported = meta["reported"]
-    metric = reported["metric"]
-    print(f"{len(mine)} rows of this evaluation are in {args.json}\n{reported['dataset']}, "
-          f"{reported['n']} {reported['split']} items, {asked[0]['fit']} of them fit; {metric} in "
-          f"{'nats' if metric == 'nats' else '%'}; each rule on the best of "
-          f"{', '.join(meta['checkpoints'])}")
-    print(table(best_rules(asked), metric, rivals=mine))
+    of = meta["reported"]
+    unit = "nats" if of["metric"] == "nats" else "%"
+    print(f"{len(mine)} rows of this evaluation are in {args.json}")
+    print(f"{of['dataset']}, {of['n']} {of['split']} items, {asked[0]['fit']} of them fit; "
+          f"{of['metric']} in {unit}; each rule on the best of {', '.join(meta['checkpoints'])}")
+    print(table(best_rules(asked), of["metric"], rivals=mine))
 
 
 if __name__ == "__main__":
