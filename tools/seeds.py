@@ -24,9 +24,9 @@ sequential                    left_to_right, one token a step, coherent
 minutes                       of the order stage, as it ran
 orders                        {order: {steps: [coherent, accuracy, mean steps]}}, all of them
 
-A run takes six minutes or more on one core, most of it for the rules at 8 and 16 steps on each
-checkpoint, a third for the knobs that are tuned on validation items. --learned_only takes one
-minute, shows what needs no rule and writes no --json.
+A run takes about seven minutes on one core with two denoisers, half as long again with the control:
+most of it for the rules at 8 and 16 steps, a quarter for the knobs that are tuned on validation
+items. --learned_only takes one minute, shows what needs no rule and writes no --json.
 """
 
 import argparse
@@ -204,13 +204,13 @@ def show(row: dict):
 
 def show_medians(rows: list[dict]):
     print(f"\nmedian of {len(rows)} runs (least - most), %")
-    for label, name in (("coherent", "coherent_by_steps"),
-                        ("best rule", "best_rule_coherent_by_steps"),
-                        ("pairs that meet", "same_step_by_steps")):
-        for steps in rows[0][name]:
+    print(f"{'steps, at most':<18}{'coherent':>22}{'best rule':>22}{'pairs that meet':>22}")
+    for steps in rows[0]["coherent_by_steps"]:
+        cells = []
+        for name in ("coherent_by_steps", "best_rule_coherent_by_steps", "same_step_by_steps"):
             values = [row[name][steps] for row in rows]
-            print(f"{label:<16} at {steps:>2} steps{median(values):>8.1f} "
-                  f"({min(values):.1f} - {max(values):.1f})")
+            cells.append(f"{median(values):.1f} ({min(values):.1f} - {max(values):.1f})")
+        print(f"{steps:<18}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def parse_args(argv):
