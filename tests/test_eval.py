@@ -183,7 +183,7 @@ def test_a_budget_is_of_steps_on_average(parts, name, budget):
 def test_of_equal_scores_the_fewest_steps_and_larger_caps_are_tried():
     """One step more and twice as many, unless answers stayed below the cap or needed it all."""
     asked = []
-    steps = {0.3: [3.0, 3, 3], 0.5: [2.0, 1, 9], 0.7: [2.5, 1, 2]}
+    steps = {0.3: [3.0, 3, 3], 0.5: [2.4, 1, 9], 0.7: [2.5, 1, 2]}
 
     def measure(order, cap):
         asked.append((order.knob, cap))
