@@ -294,7 +294,9 @@ def pairs_that_meet(model: MDM, enc, items: list[dict], steps: int, order="learn
 def pairs_by_equation(model: MDM, enc, items: list[dict], steps: int, order="learned:0.5") -> dict:
     """The same, {equation of the answer, from 0: share}: where does an order fail?"""
     equation, meets = meetings(model, enc, items, steps, order)
-    return {i: meets[equation == i].double().mean().item() for i in equation.unique().tolist()}
+    meets = meets.cpu().double()  # the CPU has float64, MPS has none
+    equation = equation.cpu()
+    return {i: meets[equation == i].mean().item() for i in equation.unique().tolist()}
 
 
 # --- the table at the end of a training -----------------------------------------------------------

@@ -650,9 +650,11 @@ class NoFloat64OnTheDevice(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        named = [*args, kwargs.get("device")]
-        to_the_device = any(isinstance(value, torch.device) for value in named)
-        from_the_cpu = all(getattr(value, "on_cpu", False) for value in args
+        values = [kwargs.get("device")]
+        for value in args:
+            values += value if isinstance(value, (list, tuple)) else [value]  # cat takes a list
+        to_the_device = any(isinstance(value, torch.device) for value in values)
+        from_the_cpu = all(getattr(value, "on_cpu", False) for value in values
                            if isinstance(value, torch.Tensor))
         if func is torch.Tensor.cpu:
             result = result.clone()
@@ -668,7 +670,8 @@ def test_nothing_is_float64_on_a_device_that_has_none(fast, tmp_path, monkeypatc
     monkeypatch.setattr(sample, "precise", lambda _: torch.float32)  # what it is for MPS
     with NoFloat64OnTheDevice():
         x = torch.ones(3, device=device)
-        for act in (x.double, lambda: x.to(torch.float64), lambda: x.cpu().double().to(device),
+        for act in (x.double, torch.cat([x, x]).double, lambda: x.to(torch.float64),
+                    lambda: x.cpu().double().to(device),
                     lambda: torch.zeros(3, dtype=torch.float64, device=device)):
             with pytest.raises(TypeError, match="MPS"):
                 act()
