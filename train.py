@@ -44,6 +44,7 @@ import shlex
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ from posterior import OrderPosterior, draw_orders_and_steps, objective
 STAGES = {"denoiser": "denoiser.pt", "order": "ckpt.pt", "control": "control.pt"}
 REPORTED = (2, 4, 8)  # step budgets that validation reports the bound of
 LR_CRITIC = 1e-3
+PATIENCE = timedelta(seconds=60)  # how long a process waits for the others
 
 
 def arg(default, help: str):
@@ -80,6 +82,7 @@ class Config:
     stages: str = arg("denoiser,order", "which to train, of denoiser, order and control")
     chunks: int = arg(1, "parts of a batch: in turn, or by as many processes of torchrun")
     resume: bool = arg(False, "continue from out_dir/resume.pt")
+    init: str = arg("", "checkpoint of equal sizes to start from; its tokenizer is taken as well")
     # model
     prompt_len: int = arg(36, "longest prompt, tokens")
     answer_len: int = arg(60, "L, the answer canvas, tokens")
@@ -150,8 +153,7 @@ PRESETS = {
         # unknown, chosen by us without a run; so are tau, its end and the KL ramp, the toy's
         lr_matrix=0.005, lr_other=5e-4),
 }
-SAME_IN_ALL_STAGES = ("dataset", "prompt_len", "answer_len", "n_layer", "n_head", "n_embd",
-                      "n_pieces")
+SIZES = ("prompt_len", "answer_len", "n_layer", "n_head", "n_embd")
 
 
 def parse_config(argv=None) -> Config:
@@ -167,7 +169,7 @@ def parse_config(argv=None) -> Config:
             how["choices"] = PRESETS
         parser.add_argument(f"--{f.name}", **how)
     given = vars(parser.parse_args(argv))
-    for name in {"out_dir", "data_dir"} & set(given):
+    for name in {"out_dir", "data_dir", "init"} & set(given):
         given[name] = str(path_of(given[name])) if given[name] else ""
     base = PRESETS[given.get("preset", "toy")]
     if given.get("resume"):
@@ -210,6 +212,11 @@ def prepare(config: Config) -> Run:
     splits = load_splits(config.dataset, config.data_dir, config.seed,
                          {**TOY_SIZES, "train": config.train_items})
     pieces = frequent_pieces(splits["train"], config.n_pieces)
+    start = start_of(stages_of(config)[0], config)
+    if start is not None:
+        _, state = load_checkpoint(start)
+        if config.init or state["train_config"]["init"]:  # weights belong to their tokenizer
+            pieces = state["pieces"]
     tokenizer = build_tokenizer(pieces)
     encoded = {}
     for name in ("train", "val"):
@@ -251,6 +258,9 @@ class Networks:
     def __iter__(self):
         networks = (self.model, self.posterior, self.critic)
         return iter([network for network in networks if network is not None])
+
+    def parameters(self):
+        return [p for network in self for p in network.parameters()]
 
 
 def stage_size(stage: str, config: Config) -> tuple[int, int]:
@@ -321,14 +331,25 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
 
 # --- the stages -----------------------------------------------------------------------------------
 
+def stages_of(config: Config) -> list[str]:
+    """Which stages to train, in their order."""
+    return [stage for stage in STAGES if stage in config.stages.split(",")]
+
+
+def start_of(stage: str, config: Config) -> Path | None:
+    """The checkpoint that a stage starts from; None: random weights."""
+    if config.init and stage == stages_of(config)[0]:
+        return Path(config.init)
+    return None if stage == "denoiser" else Path(config.out_dir) / "denoiser.pt"
+
+
 def build_stage(stage: str, run: Run) -> tuple[Networks, list]:
     """The networks that a stage trains, as before its first step, and their optimizers."""
     config = run.config
     torch.manual_seed(seed_of(config.seed, stage, "weights"))
-    if stage == "denoiser":
-        networks = Networks(MDM(run.sizes).to(run.device))
-    else:
-        networks = Networks(load_denoiser(run))
+    start = start_of(stage, config)
+    model = MDM(run.sizes).to(run.device) if start is None else load_denoiser(start, run)
+    networks = Networks(model)
     if stage == "order":
         sizes = replace(run.sizes, n_layer=config.n_layer_posterior)
         networks.posterior = OrderPosterior(sizes).to(run.device)
@@ -341,12 +362,12 @@ def build_stage(stage: str, run: Run) -> tuple[Networks, list]:
     return networks, optimizers
 
 
-def load_denoiser(run: Run) -> MDM:
-    """Stage 1's model. Another run's will do if its sizes, data and pieces are those of this."""
-    path = Path(run.config.out_dir) / "denoiser.pt"
+def load_denoiser(path: Path, run: Run) -> MDM:
+    """A model to go on from. Another run's will do if its sizes and pieces are those of this."""
     model, state = load_checkpoint(path, run.device)
     theirs = state["train_config"]
-    other = [f"--{name} {theirs[name]}" for name in SAME_IN_ALL_STAGES
+    same = SIZES if run.config.init else ("dataset", "n_pieces", *SIZES)
+    other = [f"--{name} {theirs[name]}" for name in same
              if theirs[name] != getattr(run.config, name)]
     if other:
         raise UserError(f"{path} was trained with {', '.join(other)}: take the same, or train "
@@ -368,15 +389,27 @@ def train_step(stage: str, run: Run, networks: Networks, optimizers, step: int):
 
     Returns logs (mean over the batch, one tensor), their names, the gradient's norm before
     clipping, and how many tokens were read."""
-    config = run.config
-    steps, size = stage_size(stage, config)
-    set_rates(optimizers, rate_factor(stage, step, steps))
-    params = [p for network in networks for p in network.parameters()]
-    for p in params:
-        p.grad = None
-
-    # The gradient, summed over the parts of the batch that are this process's.
+    steps, size = stage_size(stage, run.config)
     prompt, x0 = batch_at(run, stage, step, size)
+    sums, names = compute_gradient(stage, run, networks, prompt, x0, step)
+    if run.world > 1:
+        sums = sum_over_processes(networks, sums)
+    set_rates(optimizers, rate_factor(stage, step, steps))
+    grad = update(networks, optimizers)
+    if not grad.isfinite():
+        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient; start anew "
+                        "with smaller learning rates")
+    states = 1 + run.config.K if stage == "order" else 1
+    return sums, names, grad, len(x0) * (prompt.shape[1] + states * x0.shape[1])
+
+
+def compute_gradient(stage: str, run: Run, networks: Networks, prompt, x0, step: int):
+    """Leaves the gradient in p.grad, summed over the parts of the batch that are this process's.
+    Returns their share of the mean logs, as one tensor, and the names of these."""
+    config = run.config
+    for p in networks.parameters():
+        p.grad = None
+    steps, _ = stage_size(stage, config)
     T = budget_at(step, config)
     prompts = prompt.tensor_split(config.chunks)
     x0s = x0.tensor_split(config.chunks)
@@ -388,21 +421,41 @@ def train_step(stage: str, run: Run, networks: Networks, optimizers, step: int):
         loss = -value.mean() / config.answer_len  # per token: the size of a cross-entropy
         (loss / config.chunks).backward()
         sums = sums + torch.stack([log.mean() for log in logs.values()]) / config.chunks
-    if run.world > 1:  # every process has the gradients of its parts; their sum is the batch's
-        for part in [sums, *[p.grad for p in params if p.grad is not None]]:
-            dist.all_reduce(part)
+    return sums, list(logs)
 
-    # The update. The critic's squared error is no likelihood, and would fill the norm.
+
+def sum_over_processes(networks: Networks, sums):
+    """Every process has the gradients of its parts; their sum is the batch's. Gradients and logs go
+    as one tensor: a message for each parameter would have to wait for each in turn."""
+    grads = [p.grad for p in networks.parameters() if p.grad is not None]
+    whole = torch.cat([sums, *[grad.flatten() for grad in grads]])
+    with_the_others(dist.all_reduce, whole)
+    sums, *summed = whole.split([part.numel() for part in (sums, *grads)])
+    for grad, of_all in zip(grads, summed):
+        grad.copy_(of_all.view_as(grad))
+    return sums
+
+
+def with_the_others(exchange, *args):
+    """One exchange between the processes."""
+    try:
+        exchange(*args)
+    except RuntimeError as e:
+        raise UserError("another process has ended, or has not answered for "
+                        f"{PATIENCE.seconds} seconds; go on with --resume, by as many processes "
+                        "or by one") from e
+
+
+def update(networks: Networks, optimizers):
+    """One step of all optimizers. Returns the gradient's norm before clipping."""
+    # The critic's squared error is no likelihood, and would fill the norm.
     clipped = [p for network in networks if network is not networks.critic
                for p in network.parameters()]
     grad = torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-    if not grad.isfinite():
-        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient; start anew "
-                        "with smaller learning rates")
-    for optimizer in optimizers:
-        optimizer.step()
-    states = 1 + config.K if stage == "order" else 1
-    return sums, list(logs), grad, len(x0) * (prompt.shape[1] + states * x0.shape[1])
+    if grad.isfinite():
+        for optimizer in optimizers:
+            optimizer.step()
+    return grad
 
 
 def rate_factor(stage: str, step: int, steps: int) -> float:
@@ -453,7 +506,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             save("resume.pt", done, states=[part.state_dict() for part in trained])
     save(STAGES[stage], steps)
     if run.world > 1:
-        dist.barrier()  # the next stage starts from that file
+        with_the_others(dist.barrier)  # the next stage starts from that file
 
 
 def means_of(names: list[str], means: list[float]) -> dict:
@@ -495,7 +548,7 @@ def main(argv=None):
     start = time.perf_counter()
     config = parse_config(argv)
     out = Path(config.out_dir)
-    stages = [stage for stage in STAGES if stage in config.stages.split(",")]
+    stages = stages_of(config)
     resume = None
     if config.resume:
         resume = load_state(out / "resume.pt")
@@ -513,11 +566,12 @@ def main(argv=None):
         run.log = resume["log"]
         stages = stages[stages.index(resume["stage"]) :]
     else:
-        if "denoiser" not in stages:
-            load_denoiser(run)
+        start_from = start_of(stages[0], config)
+        if start_from is not None:
+            load_denoiser(start_from, run)
         run.log = read_log(out / "log.jsonl", without=stages)
     if run.world > 1:
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     try:
         for stage in stages:

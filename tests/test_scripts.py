@@ -11,6 +11,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -414,6 +415,45 @@ def test_two_processes_train_as_one(fast, tmp_path):
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_process_that_is_gone_is_one_line(ready, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Connection closed by peer")
+    monkeypatch.setattr(train.dist, "all_reduce", refuse)
+    networks, optimizers = train.build_stage("order", ready)
+    with pytest.raises(UserError, match="^another process has ended, or has not answered for 60 s"):
+        train.train_step("order", replace(ready, world=2), networks, optimizers, 0)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(fast, tmp_path):
+    """One of two is killed: the other says so in one line, and --resume needs no second."""
+    flags = [*fast, "--chunks", "2", "--max_steps_denoiser", "200", "--max_steps_order", "5"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = []
+    for rank in (0, 1):
+        env = {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "WORLD_SIZE": "2",
+               "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        both.append(subprocess.Popen(
+            [sys.executable, "train.py", *flags, "--out_dir", str(tmp_path / "two")], cwd=ROOT,
+            env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True))
+    until = time.time() + 100
+    while not (tmp_path / "two" / "resume.pt").is_file() and time.time() < until:
+        time.sleep(0.01)
+    both[1].kill()
+    both[1].communicate()
+    _, err = both[0].communicate(timeout=100)
+    assert both[0].returncode == 1
+    assert err.splitlines()[-1].startswith("another process has ended")
+    assert "Traceback" not in err
+
+    train.main(["--resume", "--out_dir", str(tmp_path / "two")])
+    assert CHECKPOINTS <= set(contents(tmp_path / "two"))
+    steps = [record["step"] for record in log(tmp_path / "two") if record["stage"] == "denoiser"]
+    assert steps == list(range(5, 201, 5))
+
+
 def test_parts_must_be_shared_out_evenly(fast, monkeypatch):
     for name, text in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "3")):
         monkeypatch.setenv(name, text)
@@ -722,6 +762,33 @@ def test_a_denoiser_of_another_seed_and_rate_is_taken(fast, straight, tmp_path):
     assert "val_8" in log(tmp_path)[0]  # a budget that it was not trained for
 
 
+@pytest.mark.parametrize("stage", ["denoiser", "order"])
+def test_a_run_starts_from_any_checkpoint_of_equal_sizes(fast, straight, tmp_path, stage):
+    """With its weights and its tokenizer, on other data; and the stages after it go on from there."""
+    for name in ("train", "test"):
+        text = (Path(fast[-1]) / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text(text.replace("pens", "cups"))
+    flags = [*with_data(fast, tmp_path), *SHORT, "--out_dir", str(tmp_path / "out"), "--dataset",
+             "gsm8k-aug", "--init", str(straight / "ckpt.pt"), "--stages", f"{stage},control"]
+    _, theirs = load_checkpoint(straight / "ckpt.pt")
+    run = train.prepare(train.parse_config(flags))
+    (model, *_), _ = train.build_stage(stage, run)
+    assert run.pieces == theirs["pieces"]
+    for name, value in theirs["model"].items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+    if stage == "order":
+        shutil.copytree(straight, tmp_path / "out")
+        train.main([*flags, "--stages", "order"])
+    else:
+        train.main(flags)
+        train.main([*flags, "--init", "", "--stages", "order"])  # from its own denoiser.pt
+    made = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert made["pieces"] == theirs["pieces"]
+    with pytest.raises(UserError, match="was trained with --n_embd 16"):
+        train.main([*flags, "--n_embd", "32"])
+
+
 NO_CUDA = [("--device cuda", "no device 'cuda' here")] * (not torch.cuda.is_available())
 BAD = {
     train: [
@@ -744,7 +811,8 @@ BAD = {
         ("--preset toy", "toy reads no files, but --data_dir"),
         ("--preset toy2 --data_dir absent", "toy2 reads no files, but --data_dir absent is given"),
         ("--dataset pairs --data_dir=", "--dataset pairs is read from files"),
-        ("--chunks 3", "--chunks")],
+        ("--chunks 3", "--chunks"), ("--init absent.pt", "absent.pt not found"),
+        ("--init text", "text is not a checkpoint")],
     sample: [
         *NO_CUDA, ("--ckpt absent.pt", "absent.pt not found: run `python train.py` first"),
         ("--ckpt folder", "folder is a folder: pass a checkpoint in it"),
