@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import outcome
 from conftest import run as run_process
 from PIL import Image
@@ -21,6 +22,7 @@ from common import UserError
 from critic import Critic
 from data import TOY_SIZES, build_tokenizer, frequent_pieces, toy_split
 from model import MDM, ModelConfig, load_checkpoint, save_checkpoint
+from optim import make_optimizers
 from posterior import OrderPosterior
 from tools import bench, plot, seeds
 
@@ -68,21 +70,70 @@ def run(fast, straight):
 
 @pytest.mark.parametrize("stage", ["denoiser", "order"])
 def test_measured_steps_are_training_steps(run, stage, monkeypatch):
-    """The first two, of which each has its own budget in the order stage."""
+    """The gradients of the first two, of which each has its own budget in the order stage."""
     built = []
     real = train.build_stage
     monkeypatch.setattr(train, "build_stage", lambda *a: built.append(real(*a)) or built[-1])
-    job, facts = bench.training(stage, run, batch=10**9)
-    job()
-    job()
+    jobs, part = bench.training(stage, run, batch=10**9)
+    gradient, update = jobs.values()
+    gradient()
+    update()
+    gradient()
+    (measured, _), = built
     networks, optimizers = real(stage, run)
+    monkeypatch.setattr(train, "rate_factor", lambda *_: 0.01)
     for step in range(2):
         train.train_step(stage, run, networks, optimizers, step)
-    measured, _ = built[0]
-    for ours, theirs in zip(measured, networks, strict=True):
-        for name, weights in theirs.state_dict().items():
-            assert torch.equal(ours.state_dict()[name], weights)
-    assert facts["parts"] == 1
+    assert part == 4
+    for ours, theirs in zip(measured.parameters(), networks.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None
+        else:  # train_step has clipped it
+            torch.testing.assert_close(F.normalize(ours.grad.flatten(), dim=0),
+                                       F.normalize(theirs.grad.flatten(), dim=0))
+
+
+def saved_bytes(job, *networks):
+    """What backward keeps, each storage once, without weights and tables."""
+    weights = {t.untyped_storage().data_ptr() for network in networks
+               for t in [*network.parameters(), *network.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        job()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("layers, D", [(1, 64), (3, 64), (2, 128)])
+def test_kept_activations_are_foretold(layers, D, half):
+    config = ModelConfig(300, 20, 30, n_layer=layers, n_head=4, n_embd=D)
+    model = MDM(config)
+    prompt = torch.randint(200, (4, 20))
+    z = torch.randint(300, (4 * 3, 30))
+
+    def job():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model.log_p(model(model.encode_prompt(prompt), z))
+
+    foretold = bench.activation_bytes(config, 4, 20, states=3, written=360, half=half)
+    assert foretold == pytest.approx(saved_bytes(job, model), rel=0.1)
+
+
+def test_update_flops_are_those_that_run():
+    model = MDM(TINY)
+    _, muon = make_optimizers(model, 1e-2, 1e-2)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    assert counter.get_total_flops() == bench.update_flops(model)
 
 
 def n_parameters(*networks):
@@ -101,14 +152,27 @@ def test_bench_reports_a_preset_without_data(tmp_path):
     denoiser = n_parameters(MDM(config))
     assert result["train"]["parameters"] == denoiser
     assert result["order"]["parameters"] == denoiser + n_parameters(posterior, Critic(32, 16, 4))
-    assert (result["train"]["parts"], result["order"]["parts"]) == (3, 2)
+    assert result["train"]["part"] == result["order"]["part"] == 2
     assert result["train"]["tokens"] == 6 * 20 and result["order"]["tokens"] == 4 * (12 + 3 * 8)
     for row in (result["train"], result["order"]):
         assert row["hours"] == pytest.approx(row["steps"] * row["seconds"] / 3600)
         used = row["share_of_matmul"] * row["seconds"] * result["matmul_gflops"]
-        assert used == pytest.approx(row["gflop"])
+        assert used == pytest.approx(row["gradient_gflop"] + row["update_gflop"])
         assert row["memory_mb"] > 50
     assert result["causal_twin"].keys() == result["sample"]["L"].keys() == {"1", "3"}
+
+
+def test_what_a_preset_costs_needs_no_data_and_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "clock", None)
+    path = tmp_path / "bench.json"
+    bench.main(["--preset", "gsm8k_aug", "--tflops", "400", "--json", str(path)])
+    result = json.loads(path.read_text())
+    for row in (result["train"], result["order"]):
+        work = row["steps"] * (row["gradient_gflop"] + row["update_gflop"]) * 1e9
+        assert row["pflop_in_all"] * 1e15 == pytest.approx(work)
+        assert row["hours"] * 3600 * 400e12 == pytest.approx(work)
+        assert 12 * row["parameters"] < row["state_gb"] * 1e9 < 16 * row["parameters"]
+    assert 120e6 < result["train"]["parameters"] < 140e6  # "near the paper's size"
 
 
 def test_memory_is_unknown_where_there_is_no_resource_module(monkeypatch):
@@ -380,7 +444,7 @@ def test_plot_says_what_it_cannot_draw(words, message, straight, tmp_path, monke
 @pytest.mark.parametrize("words, message", [
     ("--sample 0", "--sample"), ("--sample 1,x", "--sample"), ("--steps L", "whole number"),
     ("--batch 0", "whole number"), ("--json .", "is a folder"), ("--presett toy", "--presett"),
-    ("--n_embd 15", "--n_embd")])
+    ("--n_embd 15", "--n_embd"), ("--tflops 0", "--tflops"), ("--tflops nan", "--tflops")])
 def test_bench_refuses_at_the_start(words, message, capfd, monkeypatch):
     monkeypatch.setattr(bench, "bench", None)
     status, _, err = outcome(bench, words.split(), capfd)

@@ -1,17 +1,23 @@
-"""How fast is it, against what the machine can do? Any flag of train.py will do too; no download.
+"""What does a run cost, and how fast is it here? Any flag of train.py will do too; no download.
 
-    python -m tools.bench                                 the toy, training and sampling
-    python -m tools.bench --preset gsm8k_aug --batch 1 --steps 1 --sample ""   a run on this CPU?
+    python -m tools.bench                                    the toy: training and sampling
+    python -m tools.bench --preset gsm8k_aug --tflops 400    a run on such a device, nothing measured
+    python -m tools.bench --preset gsm8k_aug                 and on this one, from one example
+    python -m tools.bench --preset gsm8k_aug --batch 256 --sample 1,64      on a GPU: whole batches
 
-Medians of --steps rounds of everything in turn, after a cold one. Untrained weights; the toy's own
-items, or random tokens that fill prompt and canvas of the other data sets.
+First what a run costs by formula, then what was measured: medians of --steps rounds of everything
+in turn, after a cold one; what takes longer than 10 seconds is measured once. Untrained weights; the
+toy's own items, or random tokens that fill prompt and canvas of the other data sets.
 
-train   stage 1 (and order), steps of train.py. With --batch a smaller step is measured, times the
-        parts, which counts the update too often. gflop: matrix products of the networks by
-        formula, times 3 for backward; critic and Muon only take time. memory_mb: the most so far,
-        on a CPU of the whole process
-sample  generate(), learned:0.5. Untrained gates are closed, so every step is taken
-causal  left to right by the same network: as many tokens as true answers have on average
+gradient_gflop  of a step: matrix products of the networks, times 3 for backward
+update_gflop    of a step: Muon's
+state_gb        weights and their gradients, Muon's momentum, AdamW's two averages, float32
+activations_gb  what backward keeps of one part of a batch
+train, order    the two stages. A step is the gradient of --batch examples, measured, as often as a
+                batch has it, and one update. The critic only takes time
+memory_mb       the most so far, on a CPU of the whole process
+sample          generate(), learned:0.5. Untrained gates are closed, so every step is taken
+causal          left to right by the same network: as many tokens as true answers have on average
 """
 
 import argparse
@@ -28,7 +34,9 @@ import torch
 
 import train
 from common import UserError, path_of, pick_device, run_script, versions, write_json
+from critic import Critic
 from model import MDM, save_checkpoint, trim
+from posterior import OrderPosterior
 from sample import generate, parse_steps, whole_number
 
 STEPS = ("1", "4", "16", "L")
@@ -79,16 +87,44 @@ def forward_flops(c, B: int, P: int, states=1, written=0.0) -> float:
     return B * (read + states * write) + 2 * D * c.vocab_size * written
 
 
-def training(stage: str, run: train.Run, batch: int, compiled=False):
-    """A job, train.py's step on at most `batch` of its examples, and facts of a whole step."""
+def update_flops(network) -> float:
+    """Matrix products of Muon's five Newton-Schulz steps: three for each matrix of a block."""
+    total = 0
+    for name, p in network.named_parameters():
+        if ".blocks." in name and p.ndim == 2:
+            short, long = sorted(p.shape)
+            total += 5 * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
+def activation_bytes(c, B: int, P: int, states: int, written: float, half: bool) -> float:
+    """What backward keeps of one pass, within 10 %: 15.5 numbers a token, block and channel, the
+    keys and values of prompt and canvas once a state, and the logits of `written` positions. With
+    autocast to bfloat16 two thirds of it."""
+    L = c.answer_len
+    tokens = B * (P + states * L)
+    attended = 2 * B * states * (P + L)
+    kept = c.n_layer * c.n_embd * (15.5 * tokens + attended)
+    return 4 * kept * (0.67 if half else 1) + 4 * c.vocab_size * written
+
+
+def costs(stage: str, run: train.Run, half: bool) -> dict:
+    """What a stage costs by formula, without a weight in memory."""
     c = run.config
     steps, B = train.stage_size(stage, c)
-    networks, optimizers = train.build_stage(stage, run)
-    if compiled:
-        for network in networks:
-            network.compile()
+    sizes = run.sizes
+    of_posterior = replace(sizes, n_layer=c.n_layer_posterior)
+    with torch.device("meta"):
+        networks = [MDM(sizes)]
+        if stage == "order":
+            networks += [OrderPosterior(of_posterior),
+                         Critic(2 * c.n_embd, c.n_embd, sizes.max_steps)]
+    state = 0
+    for network in networks:
+        for name, p in network.named_parameters():
+            copies = 3 if ".blocks." in name and p.ndim == 2 else 4  # Muon has one state less
+            state += 4 * copies * p.numel()
 
-    # How much work is a whole step?
     prompt, _ = train.batch_at(run, stage, 0, B)
     P = prompt.shape[1]
     states = 1
@@ -96,23 +132,43 @@ def training(stage: str, run: train.Run, batch: int, compiled=False):
     if stage == "order":
         states = 1 + c.K
         written *= states + 1                  # but all of it for L_1
-    flops = forward_flops(run.sizes, B, P, states, written)
+    flops = forward_flops(sizes, B, P, states, written)
+    kept = activation_bytes(sizes, B, P, states, written, half)
     if stage == "order":
-        flops += forward_flops(replace(run.sizes, n_layer=c.n_layer_posterior), B, P)
-    parameters = [p.numel() for network in networks for p in network.parameters()]
-    facts = {"parameters": sum(parameters), "steps": steps,
-             "tokens": B * (P + states * c.answer_len), "gflop": 3e-9 * flops,
-             "parts": math.ceil(B / batch)}
+        flops += forward_flops(of_posterior, B, P)
+        kept += activation_bytes(of_posterior, B, P, 1, 0, half)
+    updates = sum(update_flops(network) for network in networks)
+    return {"parameters": sum(p.numel() for network in networks for p in network.parameters()),
+            "steps": steps, "examples": B, "tokens": B * (P + states * c.answer_len),
+            "gradient_gflop": 3e-9 * flops, "update_gflop": 1e-9 * updates,
+            "pflop_in_all": steps * (3 * flops + updates) / 1e15,
+            "state_gb": state / 1e9, "activations_gb": kept / c.chunks / 1e9}
+
+
+def training(stage: str, run: train.Run, batch: int, compiled=False) -> tuple[dict, int]:
+    """Jobs, the gradient of a part of a step and the update; and the examples of a part."""
+    c = run.config
+    steps, B = train.stage_size(stage, c)
+    part = min(batch, B)
+    small = replace(run, config=replace(c, batch_size=part, batch_size_order=part, chunks=1))
+    networks, optimizers = train.build_stage(stage, run)
+    if compiled:
+        for network in networks:
+            network.compile()
 
     # Successive steps, for the order stage takes another budget T in each.
-    part = min(batch, B)
-    small = replace(run, config=replace(c, batch_size=part, batch_size_order=part))
     step = itertools.count()
 
-    def job():
-        train.train_step(stage, small, networks, optimizers, step=next(step) % steps)
+    def gradient():
+        i = next(step) % steps
+        prompt, x0 = train.batch_at(small, stage, i, part)
+        train.compute_gradient(stage, small, networks, prompt, x0, i)
 
-    return job, facts
+    def update():
+        train.set_rates(optimizers, 0.01)
+        train.update(networks, optimizers)
+
+    return {f"{stage} gradient": gradient, f"{stage} update": update}, part
 
 
 def sampling(run: train.Run, model: MDM, batches: list[int], autocast, dtype) -> tuple[dict, float]:
@@ -164,67 +220,80 @@ def peak_memory(device) -> float:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def measure(jobs: dict, rounds: int, device) -> dict:
+    """Median seconds of each job: a cold round, then all in turn. Long ones have the cold one."""
+    cold = {name: clock(job, device) for name, job in jobs.items()}
+    times = {name: [seconds] if seconds > 10 else [] for name, seconds in cold.items()}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            if cold[name] <= 10:
+                times[name].append(clock(job, device))
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
 def bench(run: train.Run, args) -> dict:
     c = run.config
     device = run.device
     half = c.dtype == "bfloat16" or (c.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    result = {"train": costs("denoiser", run, half), "order": costs("order", run, half),
+              "meta": {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype),
+                       **versions(), "args": {**vars(args), "json": str(args.json)},
+                       "config": asdict(c)}}
+    stages = {"denoiser": result["train"], "order": result["order"]}
+    if args.tflops:
+        for facts in stages.values():
+            facts["hours"] = facts["pflop_in_all"] / args.tflops / 3.6
+        return result
+    show_costs(result)
+
+    # Jobs: steps of both stages, one large matrix product, answers.
     model = MDM(run.sizes).to(device)
     save_checkpoint(Path(c.out_dir) / "denoiser.pt", model, pieces=run.pieces,
                     train_config=asdict(c), stage="denoiser", step=0, log=[])
-
-    # Jobs: steps of both stages, one large matrix product, answers.
-    jobs = {}
-    result = {}
-    for stage in ("denoiser", "order"):
-        jobs[stage], result[stage] = training(stage, run, args.batch, args.compile)
-        jobs[stage]()
-        result[stage]["memory_mb"] = peak_memory(device) / 1e6
     side = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    jobs["matmul"] = lambda: a @ b
     written, answer_tokens = sampling(run, model, args.sample, autocast, dtype)
-    jobs |= written
-
-    # A cold round, then rounds of everything in turn.
-    for name, job in jobs.items():
-        if name not in result:  # the two stages have had their step
-            clock(job, device)
-    rounds = []
-    for _ in range(args.steps):
-        rounds.append({name: clock(job, device) for name, job in jobs.items()})
-    seconds = {name: median(times[name] for times in rounds) for name in jobs}
-
+    seconds = measure({"matmul": lambda: a @ b, **written}, args.steps, device)
     gflops = 2e-9 * side**3 / seconds["matmul"]
-    for stage, facts in result.items():
-        whole = facts["parts"] * seconds[stage]
-        facts |= {"seconds": whole, "steps_per_s": 1 / whole,
-                  "tokens_per_s": facts["tokens"] / whole,
-                  "share_of_matmul": facts["gflop"] / whole / gflops,
-                  "hours": facts["steps"] * whole / 3600}
+    for stage, facts in stages.items():
+        jobs, part = training(stage, run, args.batch, args.compile)
+        seconds |= measure(jobs, args.steps, device)
+        parts = facts["examples"] / part
+        step = parts * seconds[f"{stage} gradient"] + seconds[f"{stage} update"]
+        work = facts["gradient_gflop"] + facts["update_gflop"]
+        facts |= {"part": part, "seconds": step, "steps_per_s": 1 / step,
+                  "tokens_per_s": facts["tokens"] / step, "share_of_matmul": work / step / gflops,
+                  "hours": facts["steps"] * step / 3600, "memory_mb": peak_memory(device) / 1e6}
     rate = {}
     for T in (*STEPS, "causal"):
         rate[T] = {B: max(B, 8) / seconds[T, B] for B in args.sample}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    return {"matmul_gflops": gflops, "train": result["denoiser"], "order": result["order"],
-            "causal_twin": rate.pop("causal"), "sample": rate, "answer_tokens": answer_tokens,
-            "meta": {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype),
-                     **versions(), "args": {**vars(args), "json": str(args.json)},
-                     "config": asdict(c)}}
+    return result | {"matmul_gflops": gflops, "causal_twin": rate.pop("causal"), "sample": rate,
+                     "answer_tokens": answer_tokens}
 
 
-def show(result: dict):
-    meta = {name: value for name, value in result["meta"].items() if name not in ("args", "config")}
-    print(", ".join(f"{name} {value}" for name, value in meta.items()))
-    print(f"matmul {result['matmul_gflops']:.1f} GFLOP/s")
-    print(f"{'a step':<18}{'train':>14}{'order':>14}")
+def show_costs(result: dict):
+    """The table of both stages: a row for each fact that is known by now."""
+    print(f"{'':<16}{'train':>14}{'order':>14}")
     for name in result["train"]:
         cells = []
         for stage in ("train", "order"):
             value = result[stage][name]
             cells.append(f"{value:>14,.6g}" if isinstance(value, float) else f"{value:>14,}")
-        print(f"{name:<18}" + "".join(cells))
+        print(f"{name:<16}" + "".join(cells))
+    print(flush=True)
+
+
+def show(result: dict):
+    meta = {name: value for name, value in result["meta"].items() if name not in ("args", "config")}
+    if "matmul_gflops" not in result:  # nothing was measured
+        show_costs(result)
+        return
+    print(", ".join(f"{name} {value}" for name, value in meta.items()))
+    print(f"matmul {result['matmul_gflops']:.1f} GFLOP/s")
+    show_costs(result)
     for T, rates in {**result["sample"], "causal": result["causal_twin"]}.items():
         for B, rate in rates.items():
             print(f"sample, steps {T:<8}batch {B:<4}{rate:>9.2f} answers/s"
@@ -235,18 +304,28 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=whole_number, default=5, help="rounds")
-    parser.add_argument("--batch", type=whole_number, default=10**9, help="examples of a part")
-    parser.add_argument("--sample", default="1,64", help="answers written at once; empty: none")
+    parser.add_argument("--batch", type=whole_number,
+                        help="examples of a part: all of a toy's batch, 1 of another's")
+    parser.add_argument("--sample",
+                        help="answers written at once: 1,64 of a toy, none of another; empty: none")
+    parser.add_argument("--tflops", type=float, help="measure nothing: hours at this rate, in 10^12 a second")
     parser.add_argument("--compile", action="store_true", help="torch.compile in training")
     parser.add_argument("--json", type=path_of, default="out/bench.json", help="file to write")
     args, rest = parser.parse_known_args(argv)
+    config = train.parse_config(rest)
+    toy = config.dataset.startswith("toy")
+    if args.batch is None:
+        args.batch = max(config.batch_size, config.batch_size_order) if toy else 1
+    if args.sample is None:
+        args.sample = "1,64" if toy else ""
     try:
         args.sample = [whole_number(text) for text in args.sample.split(",") if text]
     except argparse.ArgumentTypeError as e:
         parser.error(f"--sample: {e}")
+    if args.tflops is not None and not 0 < args.tflops < math.inf:
+        parser.error(f"--tflops {args.tflops}: want a number above 0")
     if args.json.is_dir():
         raise UserError(f"--json {args.json} is a folder: name a file")
-    config = train.parse_config(rest)
     with tempfile.TemporaryDirectory() as folder:
         result = bench(make_run(replace(config, out_dir=folder)), args)
     write_json(args.json, result)
