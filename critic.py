@@ -30,39 +30,39 @@ def critic_features(posterior, h, x0):
 
 
 class Critic(nn.Module):
-    """w (B, L, M, M): by position, by the steps left at u, by the steps left at t; 1 .. M each.
+    """w of one later step: for each position and each earlier step, what opening a gate is worth.
 
-    Steps are counted from the end, so one critic serves every budget T up to M.
+    Steps are counted from the end, 1 .. M steps left. So one critic serves every budget T up to M.
     """
 
     def __init__(self, n_features: int, width: int, max_steps: int):
         super().__init__()
         M = max_steps
-        self.max_steps = max_steps
-        self.net = nn.Sequential(nn.Linear(n_features, width), nn.ReLU(), nn.Linear(width, M * M))
-        nn.init.zeros_(self.net[-1].weight)            # w = 0 to begin with: plain Eq. 7
-        nn.init.zeros_(self.net[-1].bias)
+        self.hidden = nn.Sequential(nn.Linear(n_features, width), nn.ReLU())
+        self.weight = nn.Parameter(torch.zeros(M, width, M))   # by the steps left at t, and at u
+        self.bias = nn.Parameter(torch.zeros(M, 1, M))         # all 0 to begin with: plain Eq. 7
 
-    def forward(self, features):
-        """features (B, L, n_features). They are detached: q does not learn for the critic."""
-        w = self.net(features.detach()).float()
-        return w.unflatten(-1, (self.max_steps, self.max_steps))
+    def forward(self, features, left_at_t):
+        """features (B, L, n_features), left_at_t (B,) -> w (B, L, M), by the steps left at u.
+
+        Features are detached: q does not learn for the critic."""
+        hidden = self.hidden(features.detach())                               # (B, L, width)
+        row = left_at_t - 1
+        return torch.baddbmm(self.bias[row], hidden, self.weight[row]).float()
 
 
 def critic_terms(scores, w, reveal_step, t, T: int, tau: float):
     """b_t of Eq. 8 and the correction of its gradient, (B, K) each, for one t (B,) per example."""
-    rows = torch.arange(len(t), device=t.device)
     scores = scores[:, None].expand(reveal_step.shape)                       # (B, K, L)
     foretold = torch.zeros(reveal_step.shape[:2], device=scores.device, dtype=scores.dtype)
     correction = torch.zeros_like(foretold)
-    left_at_t = T - t + 1                                                    # (B,)
     for u in range(1, T):
         before_t = (u < t)[:, None, None]
         masked = (reveal_step >= u) & before_t
         opens = (reveal_step == u) & before_t
         left_at_u = T - u + 1
         q = log_gate_probs(scores, masked, left_at_u, tau).exp() * masked
-        w_ut = w[rows, :, left_at_u - 1, left_at_t - 1][:, None]             # (B, 1, L)
-        foretold = foretold + (w_ut * (opens.to(q.dtype) - q.detach())).sum(-1)
-        correction = correction + (w_ut.detach() * q).sum(-1)
+        w_u = w[:, None, :, left_at_u - 1]                                   # (B, 1, L)
+        foretold = foretold + (w_u * (opens.to(q.dtype) - q.detach())).sum(-1)
+        correction = correction + (w_u.detach() * q).sum(-1)
     return foretold, correction

@@ -295,7 +295,8 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
         reveal_step, t = draw_orders_and_steps(scores, c.K, T, tau, generator)
         critic = None
         if networks.critic is not None:
-            w = networks.critic(critic_features(networks.posterior, h, x0))
+            features = critic_features(networks.posterior, h, x0)
+            w = networks.critic(features, left_at_t=T - t + 1)
             critic = critic_terms(scores, w, reveal_step, t, T, tau)
         return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau, kl_weight,
                          critic)

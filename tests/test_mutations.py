@@ -254,26 +254,26 @@ POSTERIOR = {
 }
 
 CENTRED = "(opens.to(q.dtype) - q.detach())"
-W_UT = "w[rows, :, left_at_u - 1, left_at_t - 1]"
+W_U = "w[:, None, :, left_at_u - 1]"
 
 CRITIC = {
     "q in place of r - q": (CENTRED, "q.detach()", FITTED),
     "r in place of r - q": (CENTRED, "opens.to(q.dtype)", GRADIENT),
     "q learns from what is foretold": (CENTRED, "(opens.to(q.dtype) - q)", EQ_8),
-    "w of the first step": (W_UT, "w[rows, :, T - 1, left_at_t - 1]", EQ_8),
-    "w by steps done": (W_UT, "w[rows, :, u - 1, t - 1]", EQ_8),
-    "w by steps done at t": (W_UT, "w[rows, :, left_at_u - 1, t - 1]", EQ_8),
-    "w of t and u swapped": (W_UT, "w[rows, :, left_at_t - 1, left_at_u - 1]", EQ_8),
-    "w of the first row": (W_UT, "w[0 * rows, :, left_at_u - 1, left_at_t - 1]", ROWS),
-    "w at the first row's t": (W_UT, "w[rows, :, left_at_u - 1, left_at_t[:1] - 1]", ROWS),
+    "w of the first step": (W_U, "w[:, None, :, T - 1]", EQ_8),
+    "w by steps done": (W_U, "w[:, None, :, u - 1]", EQ_8),
+    "w of the step after": (W_U, "w[:, None, :, left_at_u - 2]", EQ_8),
+    "w of the first row": (W_U, "w[:1, None, :, left_at_u - 1]", ROWS),
+    "w of another later step": ("row = left_at_t - 1", "row = left_at_t - 2", NETWORK),
+    "w of the first row's later step": ("row = left_at_t - 1", "row = 0 * left_at_t", NETWORK),
     "the critic's own step": ("before_t = (u < t)[:, None, None]",
                               "before_t = (u <= t)[:, None, None]", EQ_8),
-    "the correction moves w": ("(w_ut.detach() * q)", "(w_ut * q)", W),
+    "the correction moves w": ("(w_u.detach() * q)", "(w_u * q)", W),
     "gates of another step": ("left_at_u = T - u + 1", "left_at_u = T - u + 2", EQ_8),
-    "the critic teaches what it reads": ("self.net(features.detach())", "self.net(features)",
-                                         NETWORK),
-    "the critic starts with an opinion": ("nn.init.zeros_(self.net[-1].weight)",
-                                          "nn.init.ones_(self.net[-1].weight)", NETWORK),
+    "the critic teaches what it reads": ("self.hidden(features.detach())",
+                                         "self.hidden(features)", NETWORK),
+    "the critic starts with an opinion": ("torch.zeros(M, width, M)",
+                                          "torch.ones(M, width, M)", NETWORK),
     "features at the prompt's positions": (
         "posterior.trunk.embed(x0, posterior.trunk.config.prompt_len)",
         "posterior.trunk.embed(x0, 0)", FEATURES),

@@ -32,18 +32,25 @@ def any_w(L, seed=7):
     return torch.randn(1, L, MAX_STEPS, MAX_STEPS, generator=generator, dtype=torch.float64)
 
 
+def w_for(w, t, T):
+    """What critic_terms is given for rows of later steps t: w by the steps left at t, then at u."""
+    rows = w.expand(len(t), -1, -1, -1)
+    return torch.stack([row[:, :, T - step] for row, step in zip(rows, t.tolist())])
+
+
 def two_steps(model, s, x0, chosen, t, T, w=None, kl_weight=1.0):
     """What train.py maximises, and the logs, for N copies of one answer: (N,) each.
 
     Copy n has the K orders chosen[n], and t[n] as its later step. Scores s are (L,), or (N, L) for
-    scores of its own for each copy. w (1, L, M, M) is the critic's; any numbers by default.
+    scores of its own for each copy. w (1, L, M, M), by the steps left at u and at t, is the
+    critic's; any numbers by default.
     """
     reveal_step = torch.tensor(chosen)                                       # (N, K, L)
     t = torch.tensor(t)
     N = len(t)
     s = s.expand(N, -1)
     w = any_w(len(x0)) if w is None else w
-    terms = critic.critic_terms(s, w.expand(N, -1, -1, -1), reveal_step, t, T, TAU)
+    terms = critic.critic_terms(s, w_for(w, t, T), reveal_step, t, T, TAU)
     return posterior.objective(model, s, NO_PROMPT.expand(N, 0), torch.tensor([x0] * N),
                                reveal_step, t, T, TAU, kl_weight, terms)
 
@@ -492,7 +499,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone():
     s, x0, chosen, t = zip(*rows)
     s_rows = torch.stack(s)
     path = torch.tensor(chosen), torch.tensor(t), T, TAU
-    terms = critic.critic_terms(s_rows, w, *path)
+    terms = critic.critic_terms(s_rows, w_for(w, path[1], T), *path)
     together, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(3, 0), torch.tensor(x0),
                                          *path, critic_terms=terms)
     total = 0.0
@@ -559,7 +566,7 @@ def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
     batches = []
     for _ in range(100):
         path = (*posterior.draw_orders_and_steps(s_rows, 4, T, TAU, generator), T, TAU)
-        terms = critic.critic_terms(s_rows, w.expand(B, -1, -1, -1), *path)
+        terms = critic.critic_terms(s_rows, w_for(w, path[1], T), *path)
         value, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(B, 0), x0, *path,
                                           critic_terms=terms)
         gradient = torch.autograd.grad(value.mean(), (model.table, s))
@@ -590,8 +597,8 @@ def test_each_later_step_is_drawn_equally_often_by_every_row(T):
 
 @pytest.mark.parametrize("T", [2, 3, 4])
 def test_the_critic_s_terms_are_those_of_eq_8_with_steps_counted_from_the_end(T):
-    """b_t and the correction by hand, gate by gate. w is looked up by the steps left at u and at t,
-    so the numbers that T = 2 uses are those of the last two steps of every T."""
+    """b_t and the correction by hand, gate by gate. w is looked up by the steps left, so the
+    numbers that T = 2 uses are those of the last two steps of every T."""
     s, w = scores(4), any_w(4)
     for o in list(possible_orders(s, T))[::3]:
         for t in later_steps(T):
@@ -602,8 +609,9 @@ def test_the_critic_s_terms_are_those_of_eq_8_with_steps_counted_from_the_end(T)
                     w_ut = w[0, i, T - u, T - t]  # T - u + 1 left, and rows begin with 1 left
                     b = b + w_ut * (opens - q.detach())
                     correction = correction + w_ut * q
-            foretold, gives_back = critic.critic_terms(s[None], w, torch.tensor([[o]]),
-                                                       torch.tensor([t]), T, TAU)
+            at_t = torch.tensor([t])
+            foretold, gives_back = critic.critic_terms(s[None], w_for(w, at_t, T),
+                                                       torch.tensor([[o]]), at_t, T, TAU)
             assert close(foretold, b) and close(gives_back, correction)
             found, = torch.autograd.grad(gives_back.sum(), s)
             expected, = torch.autograd.grad(correction, s)
@@ -675,7 +683,8 @@ def test_w_moves_by_its_squared_error_alone_and_moves_nothing_else():
     theta_without, = torch.autograd.grad(without.sum(), model.table)
     assert torch.equal(theta, theta_without)  # p's gradient knows no critic
 
-    b, _ = critic.critic_terms(s[None], w, torch.tensor([chosen]), torch.tensor([3]), T, TAU)
+    at_t = torch.tensor([3])
+    b, _ = critic.critic_terms(s[None], w_for(w, at_t, T), torch.tensor([chosen]), at_t, T, TAU)
     first, second = [step_term(model, s, x0, o, 3, T).detach() for o in chosen]
     gap = (first - b[0, 0]) - (second - b[0, 1])  # leave-one-out of two: plus and minus this
     assert close(logs["critic_loss"], gap.detach() ** 2)
@@ -688,13 +697,19 @@ def test_the_critic_says_0_at_first_and_does_not_teach_what_it_reads():
     torch.manual_seed(0)
     network = critic.Critic(n_features=6, width=5, max_steps=3)
     features = torch.randn(2, 4, 6, requires_grad=True)
-    w = network(features)
-    assert w.shape == (2, 4, 3, 3) and not w.any()
-    torch.nn.init.normal_(network.net[-1].weight)
-    w = network(features)
+    left_at_t = torch.tensor([1, 3])
+    w = network(features, left_at_t)
+    assert w.shape == (2, 4, 3) and not w.any()
+    for p in (network.weight, network.bias):
+        torch.nn.init.normal_(p)
+    w = network(features, left_at_t)
     w.square().sum().backward()
-    assert features.grad is None and network.net[0].weight.grad.any()
-    assert len(w.unique()) == w.numel()  # a number of its own for each pair of steps
+    assert features.grad is None and network.hidden[0].weight.grad.any()
+    for row, left in enumerate(left_at_t):  # by hand: the later step's own weights
+        hidden = network.hidden(features[row])
+        expected = hidden @ network.weight[left - 1] + network.bias[left - 1]
+        assert (w[row] - expected).abs().max() < 1e-6
+    assert len(w.unique()) == w.numel()
 
 
 def test_the_critic_reads_q_s_hidden_state_and_the_tokens_at_their_positions():
@@ -754,7 +769,7 @@ def test_gradients_stay_finite(values):
     generator = torch.Generator().manual_seed(0)
     drawn = posterior.sample_orders(s, 4, 3, 0.1, generator)
     reveal_step = torch.cat([drawn, torch.ones(1, 1, 3, dtype=torch.long)], 1)
-    w = torch.ones(1, 3, MAX_STEPS, MAX_STEPS)
+    w = torch.ones(1, 3, MAX_STEPS)
     for t in (2, 3):
         path = reveal_step, torch.tensor([t]), 3, 0.1
         value, _ = posterior.objective(model, s, NO_PROMPT, torch.tensor([X0[3]]), *path,
@@ -780,8 +795,8 @@ def test_gradients_stay_finite_under_bfloat16_autocast(spread):
     prompt, x0 = torch.randint(9, (6, 4)), torch.randint(9, (6, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         s, h = q(prompt, x0)
-        w = network(critic.critic_features(q, h, x0))
         drawn = posterior.draw_orders_and_steps(s, 4, 4, 0.1, torch.Generator().manual_seed(0))
+        w = network(critic.critic_features(q, h, x0), 4 - drawn[1] + 1)
         terms = critic.critic_terms(s, w, *drawn, 4, 0.1)
         value, _ = posterior.objective(model, s, prompt, x0, *drawn, 4, 0.1, critic_terms=terms)
     gradients = torch.autograd.grad(value.sum(), parameters)

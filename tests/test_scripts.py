@@ -524,6 +524,20 @@ def test_tau_falls_and_the_kl_weight_grows_over_the_order_stage(ready, monkeypat
     assert [weight for _, weight in judged] == pytest.approx([0.1, 0.55, 1.0, 1.0])
 
 
+def test_the_critic_is_asked_about_the_later_step_that_was_drawn(ready, monkeypatch):
+    asked = []
+    drawn = []
+    networks, _ = train.build_stage("order", ready)
+    networks.critic.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs),
+                                              with_kwargs=True)
+    monkeypatch.setattr(train, "draw_orders_and_steps", lambda *args: drawn.append(
+        posterior.draw_orders_and_steps(*args)) or drawn[-1])
+    batch = train.batch_at(ready, "order", 0, 4)
+    train.stage_objective(ready, networks, *batch, 0.5, 6, None)
+    (_, t), = drawn
+    assert len(t.unique()) > 1 and torch.equal(asked[0]["left_at_t"], 6 - t + 1)
+
+
 @pytest.mark.parametrize("stage", ["order", "control"])
 def test_a_later_stage_starts_from_the_denoisers_weights(ready, straight, stage):
     networks, _ = train.build_stage(stage, ready)
