@@ -2,6 +2,7 @@
 JSON files."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import tools.bench
 import tools.plot
 import tools.seeds
 import train
+from data import TOY_SIZES, toy_split
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -200,6 +202,21 @@ def test_the_seeds_are_those_of_the_json():
         assert (f"| {run['seed']} | {run['val']:.2f} ± {run['val_se']:.2f} | {coherent} | {meet} | "
                 f"{run['best_rule_coherent']:.1f} ({run['best_rule']}) | {run['sequential']:.1f} | "
                 f"{run['minutes']:.1f} |") in RESULTS
+
+
+def test_what_the_toy_leaves_open_is_ln_2_a_pair_that_may_change_places():
+    """No bound on log p can be above it: the best that the results are compared with."""
+    floors = {}
+    for split in ("val", "test"):
+        items = toy_split(split, TOY_SIZES[split])
+        pairs = 0
+        for item in items:
+            for a, b in re.findall(r"<<(\d+)[+*](\d+)=", item["target"]):
+                pairs += a != b
+        floors[split] = -math.log(2) * pairs / len(items)
+    text = " ".join(RESULTS.split())
+    assert f"is {floors['val']:.3f} nats on them and {floors['test']:.3f} on test" in text
+    assert f"No model can exceed {floors['test']:.2f}," in " ".join(README.split())
 
 
 @pytest.mark.owner
