@@ -123,27 +123,38 @@ def test_the_recipe_of_a_posterior_runs(fast, tmp_path, monkeypatch):
     assert (tmp_path / "out/ckpt.pt").is_file()
 
 
+class Pretrained(torch.nn.Module):
+    """A stand-in: its own width, its own ids of PAD (0) and MASK (5), a tied output."""
+
+    def __init__(self, V, D=24):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(V, D)
+        self.position = torch.nn.Parameter(torch.randn(16, D))
+        self.layer = torch.nn.TransformerEncoderLayer(D, 3, 48, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens):
+        return self.layer(self.embedding(tokens) + self.position[: tokens.shape[1]])
+
+
 def test_the_recipe_of_a_denoiser_trains_and_writes():
-    """A few updates of the objective raise its bound, and generate() writes with it."""
-    V, L = 5, 6
+    """From a pretrained network of other sizes and ids: the bound rises, and generate() writes."""
     torch.manual_seed(0)
-    network = recipe("denoiser")["MyDenoiser"](V, L)
-    prompt = torch.zeros(8, 1, dtype=torch.long)
-    x0 = torch.randint(V - 1, (8, 1)).expand(8, L)
-    scores = torch.randn(8, L)
-    optimizer = torch.optim.Adam(network.parameters(), 0.01)
-    bounds = []
-    for i in range(60):
-        generator = torch.Generator().manual_seed(i)
-        reveal_step, t = posterior.draw_orders_and_steps(scores, 2, 3, 0.5, generator)
-        value, logs = posterior.objective(network, scores, prompt, x0, reveal_step, t, 3, 0.5)
-        optimizer.zero_grad()
-        (-value.mean()).backward()
-        optimizer.step()
-        bounds.append(logs["elbo"].mean().item())
-    assert sum(bounds[-10:]) > sum(bounds[:10]) + 10
-    out = sample.generate(network, prompt, 3)
-    assert out.tokens.max() < V and out.steps.max() <= 3
+    names = recipe("denoiser")
+    network = Pretrained(V=9)
+    config = names["Theirs"](9, prompt_len=4, answer_len=6, n_embd=24, max_steps=4)
+    model = names["Adapted"](network, network.embedding.weight, config)
+    batches = []
+    for _ in range(90):
+        prompt = torch.randint(6, 9, (8, 4))
+        batches.append((prompt, torch.cat([prompt, torch.tensor([[1, 0]]).expand(8, 2)], 1)))
+    before = network.layer.linear1.weight.clone()
+    bounds = list(names["train_order"](model, batches, lr=1e-2))
+    assert sum(bounds[-9:]) > sum(bounds[:9]) + 9 * 10
+    assert not torch.equal(before, network.layer.linear1.weight)
+    assert len(list(model.parameters())) == len(set(model.parameters()))  # tied: once
+    out = sample.generate(model.eval(), prompt, 3)
+    assert (out.tokens != config.mask).all() and out.steps.max() <= 3
+    assert (out.tokens == batches[-1][1]).float().mean() > 0.8
 
 
 def test_the_recipe_of_ones_own_data_runs(tmp_path, monkeypatch, capsys):
