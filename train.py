@@ -111,6 +111,7 @@ class Config:
     eval_items: int = arg(256, "validation items of such a bound, and of the final table")
 
     def __post_init__(self):
+        # Numbers: a count is at least 1 unless it stands here, a rate at least 0.
         least = {"K": 2, "seed": -(2**63), "n_pieces": 0}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -118,6 +119,8 @@ class Config:
                 raise UserError(f"--{f.name} must be at least {least.get(f.name, 1)}")
             if f.type is float and not 0 <= value < math.inf:
                 raise UserError(f"--{f.name} must be at least 0")
+
+        # Names, and what has to fit together.
         if self.dataset not in DATASETS or not set(self.stages.split(",")) <= set(STAGES):
             raise UserError(f"no such data set or stage: {self.dataset}, {self.stages}")
         if self.batch_size % self.chunks or self.batch_size_order % self.chunks:
@@ -168,9 +171,11 @@ def parse_config(argv=None) -> Config:
         if f.name == "preset":
             how["choices"] = PRESETS
         parser.add_argument(f"--{f.name}", **how)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))  # only what was typed
     for name in {"out_dir", "data_dir", "init"} & set(given):
         given[name] = str(path_of(given[name])) if given[name] else ""
+
+    # What was not typed: the preset's constants, or those of the stopped run.
     base = PRESETS[given.get("preset", "toy")]
     if given.get("resume"):
         base = load_state(Path(given.get("out_dir", "out")) / "resume.pt")["train_config"]
@@ -208,15 +213,20 @@ class Run:
 
 
 def prepare(config: Config) -> Run:
+    """Data as tensors, and what else all stages need. UserError where something does not fit."""
     device = pick_device(config.device)
     splits = load_splits(config.dataset, config.data_dir, config.seed,
                          {**TOY_SIZES, "train": config.train_items})
+
+    # The tokenizer is made from the training texts.
     pieces = frequent_pieces(splits["train"], config.n_pieces)
     start = start_of(stages_of(config)[0], config)
     if start is not None:
         _, state = load_checkpoint(start)
         if config.init or state["train_config"]["init"]:  # weights belong to their tokenizer
             pieces = state["pieces"]
+
+    # Items that are too long are left out. If that is most of them, a constant is wrong.
     tokenizer = build_tokenizer(pieces)
     encoded = {}
     for name in ("train", "val"):
@@ -228,6 +238,8 @@ def prepare(config: Config) -> Run:
             raise UserError(f"most {name} items do not fit: raise --prompt_len or --answer_len, "
                             "or take a --preset")
         encoded[name] = prompt, x0
+
+    # Parts of a batch are shared out evenly.
     rank, world = process_rank()
     if config.chunks % world:
         raise UserError(f"--chunks {config.chunks} must be a multiple of {world} processes")
@@ -282,6 +294,8 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
     nats per answer. T counts in the order stage only."""
     c = run.config
     half = c.dtype == "bfloat16" or (c.dtype == "auto" and run.device.type == "cuda")
+
+    # Stage 1 and the control: a random order.
     with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
         if networks.posterior is None:
             elbo = denoiser_elbo(networks.model, prompt, x0, generator)
@@ -291,13 +305,19 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
         # looks around before it has to be predictable.
         tau = c.tau * (c.tau_end / c.tau) ** progress**0.5
         kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
+
+        # q reads the answers and scores their positions. K orders are drawn, and one later step.
         scores, h = networks.posterior(prompt, x0)
         reveal_step, t = draw_orders_and_steps(scores, c.K, T, tau, generator)
+
+        # What the critic foretells of that step, Eq. 8. Validation does without it.
         critic = None
         if networks.critic is not None:
             features = critic_features(networks.posterior, h, x0)
             w = networks.critic(features, left_at_t=T - t + 1)
             critic = critic_terms(scores, w, reveal_step, t, T, tau)
+
+        # p reads the states on the way, and everything is put together: Eq. 4 to 7.
         return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau, kl_weight,
                          critic)
 
@@ -314,6 +334,8 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
     record = {}
     for reported in budgets:
         T = min(reported, run.config.answer_len)
+
+        # The bound of each item, 64 at a time. Their noise is that of their number, not of a step.
         elbos = []
         for i in range(0, len(prompts), 64):
             prompt = trim(prompts[i : i + 64], run.sizes.pad).to(run.device)
@@ -322,6 +344,8 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
             generator.manual_seed(seed_of(run.config.seed, "validate", i))
             _, logs = stage_objective(run, networks, prompt, x0, progress, T, generator)
             elbos.append(logs["elbo"])
+
+        # Their mean, and at the end of a stage how sure it is.
         elbo = torch.cat(elbos).cpu().double()
         name = "val" if reported == 4 else f"val_{reported}"
         record[name] = elbo.mean().item()
@@ -348,6 +372,8 @@ def build_stage(stage: str, run: Run) -> tuple[Networks, list]:
     """The networks that a stage trains, as before its first step, and their optimizers."""
     config = run.config
     torch.manual_seed(seed_of(config.seed, stage, "weights"))
+
+    # p, from random weights or from a checkpoint. The order stage adds q, and its critic.
     start = start_of(stage, config)
     model = MDM(run.sizes).to(run.device) if start is None else load_denoiser(start, run)
     networks = Networks(model)
@@ -356,6 +382,7 @@ def build_stage(stage: str, run: Run) -> tuple[Networks, list]:
         networks.posterior = OrderPosterior(sizes).to(run.device)
         networks.critic = Critic(2 * config.n_embd, config.n_embd, sizes.max_steps).to(run.device)
 
+    # Each has its own optimizers.
     optimizers = make_optimizers(networks.model, config.lr_matrix, config.lr_other)
     if networks.posterior is not None:
         optimizers += make_optimizers(networks.posterior, config.lr_matrix, config.lr_other)
@@ -392,14 +419,20 @@ def train_step(stage: str, run: Run, networks: Networks, optimizers, step: int):
     clipping, and how many tokens were read."""
     steps, size = stage_size(stage, run.config)
     prompt, x0 = batch_at(run, stage, step, size)
+
+    # The gradient of the batch, whoever computed its parts.
     sums, names = compute_gradient(stage, run, networks, prompt, x0, step)
     if run.world > 1:
         sums = sum_over_processes(networks, sums)
+
+    # The update.
     set_rates(optimizers, rate_factor(stage, step, steps))
     grad = update(networks, optimizers)
     if not grad.isfinite():
         raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient; start anew "
                         "with smaller learning rates")
+
+    # What was read: each prompt once, each canvas in one state, or in 1 + K.
     states = 1 + run.config.K if stage == "order" else 1
     return sums, names, grad, len(x0) * (prompt.shape[1] + states * x0.shape[1])
 
@@ -410,10 +443,14 @@ def compute_gradient(stage: str, run: Run, networks: Networks, prompt, x0, step:
     config = run.config
     for p in networks.parameters():
         p.grad = None
+
+    # What all parts share: how far the stage is, and the budget.
     steps, _ = stage_size(stage, config)
     T = budget_at(step, config)
     prompts = prompt.tensor_split(config.chunks)
     x0s = x0.tensor_split(config.chunks)
+
+    # Each part by itself. Its draws are its own, whichever process has it.
     sums = 0
     for i in range(run.rank, config.chunks, run.world):
         generator = torch.Generator(run.device)
@@ -474,6 +511,8 @@ def train_stage(stage: str, run: Run, resume: dict | None):
     out = Path(config.out_dir)
     steps, _ = stage_size(stage, config)
     networks, optimizers = build_stage(stage, run)
+
+    # A resume point has the state of every network and of every optimizer.
     trained = [*networks, *optimizers]
     begin = 0
     if resume:
@@ -486,6 +525,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             save_checkpoint(out / name, networks.model, pieces=run.pieces, stage=stage, step=step,
                             train_config=asdict(config), log=run.log, **extra)
 
+    # The loop. Sums are taken since the last line of the log.
     sums, tokens, last, since = 0, 0, begin, time.perf_counter()
     hidden = True if run.rank > 0 else None  # None: a bar where there is a terminal
     for step in tqdm(range(begin, steps), initial=begin, total=steps, desc=stage, disable=hidden):
@@ -493,6 +533,8 @@ def train_stage(stage: str, run: Run, resume: dict | None):
         sums = sums + logs
         tokens += read
         done = step + 1
+
+        # Now and then a line of the log, a validation, a resume point.
         validating = done % config.eval_every == 0 or done == steps
         if done % config.log_every == 0 or validating:
             seconds = time.perf_counter() - since
@@ -505,6 +547,8 @@ def train_stage(stage: str, run: Run, resume: dict | None):
             sums, tokens, last, since = 0, 0, done, time.perf_counter()
         if validating:
             save("resume.pt", done, states=[part.state_dict() for part in trained])
+
+    # The stage's checkpoint.
     save(STAGES[stage], steps)
     if run.world > 1:
         with_the_others(dist.barrier)  # the next stage starts from that file
@@ -524,8 +568,12 @@ def add_to_log(run: Run, record: dict):
     run.log.append(record)
     if run.rank > 0:
         return
+
+    # The file: whole, so that it is never cut in the middle of a line.
     text = "".join(json.dumps(record) + "\n" for record in run.log)
     write_atomically(Path(run.config.out_dir) / "log.jsonl", text.encode())
+
+    # The screen.
     words = []
     for name, value in record.items():
         words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{value:>8}")
@@ -574,6 +622,7 @@ def main(argv=None):
     if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=PATIENCE)
 
+    # Train. Whatever stops it, the user reads how to go on.
     try:
         for stage in stages:
             train_stage(stage, run, resume)
@@ -583,6 +632,8 @@ def main(argv=None):
         if (out / "resume.pt").is_file():
             raise UserError(f"stopped{reason}; go on with: {again(config)}") from None
         raise UserError(f"stopped before the first resume point{reason}") from None
+
+    # Done: no resume point is needed any more, and the new order is put to the test.
     if run.world > 1:
         dist.destroy_process_group()
     if run.rank > 0:

@@ -33,7 +33,7 @@ from statistics import median
 import torch
 
 import train
-from common import UserError, path_of, pick_device, run_script, versions, write_json
+from common import UserError, path_of, pick_device, run_script, say, versions, write_json
 from critic import Critic
 from model import MDM, save_checkpoint, trim
 from posterior import OrderPosterior
@@ -276,14 +276,14 @@ def bench(run: train.Run, args) -> dict:
 
 def show_costs(result: dict):
     """The table of both stages: a row for each fact that is known by now."""
-    print(f"{'':<16}{'train':>14}{'order':>14}")
+    say(f"{'':<16}{'train':>14}{'order':>14}")
     for name in result["train"]:
         cells = []
         for stage in ("train", "order"):
             value = result[stage][name]
             cells.append(f"{value:>14,.6g}" if isinstance(value, float) else f"{value:>14,}")
-        print(f"{name:<16}" + "".join(cells))
-    print(flush=True)
+        say(f"{name:<16}" + "".join(cells))
+    say()
 
 
 def show(result: dict):
@@ -291,12 +291,12 @@ def show(result: dict):
     if "matmul_gflops" not in result:  # nothing was measured
         show_costs(result)
         return
-    print(", ".join(f"{name} {value}" for name, value in meta.items()))
-    print(f"matmul {result['matmul_gflops']:.1f} GFLOP/s")
+    say(", ".join(f"{name} {value}" for name, value in meta.items()))
+    say(f"matmul {result['matmul_gflops']:.1f} GFLOP/s")
     show_costs(result)
     for T, rates in {**result["sample"], "causal": result["causal_twin"]}.items():
         for B, rate in rates.items():
-            print(f"sample, steps {T:<8}batch {B:<4}{rate:>9.2f} answers/s"
+            say(f"sample, steps {T:<8}batch {B:<4}{rate:>9.2f} answers/s"
                   f"{rate * result['answer_tokens']:>9.0f} tokens/s")
 
 

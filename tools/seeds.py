@@ -38,7 +38,7 @@ from statistics import median
 from tqdm import tqdm
 
 import eval_gsm8k
-from common import UserError, load_state, path_of, run_script, versions, write_json
+from common import UserError, load_state, path_of, run_script, say, versions, write_json
 from data import build_tokenizer
 from eval_gsm8k import best_rules, load_items, locked, pairs_that_meet, run_evaluation
 from model import load_checkpoint
@@ -187,30 +187,30 @@ def store(path: Path, flags: dict, row: dict):
 
 
 def show(row: dict):
-    print(f"\n{row['run']}: bound {row['val']:.2f} ± {row['val_se']:.2f} nats, order stage "
+    say(f"\n{row['run']}: bound {row['val']:.2f} ± {row['val_se']:.2f} nats, order stage "
           f"{row['minutes']:.1f} minutes")
-    print(f"{'steps, at most':<26}" + "".join(f"{n:>8}" for n in row["coherent_by_steps"]))
+    say(f"{'steps, at most':<26}" + "".join(f"{n:>8}" for n in row["coherent_by_steps"]))
     for label, name in (("coherent, %", "coherent_by_steps"), ("accurate, %", "accuracy_by_steps"),
                         ("pairs that meet, %", "same_step_by_steps"),
                         ("best rule, coherent, %", "best_rule_coherent_by_steps")):
         if name in row:
             cells = [f"{value:>8.1f}" for value in row[name].values()]
-            print(f"{label:<26}" + "".join(cells))
+            say(f"{label:<26}" + "".join(cells))
     if "best_rule_by_steps" in row:
         rules = [f"{steps} {rule}" for steps, rule in row["best_rule_by_steps"].items()]
-        print(f"best rule by steps: {', '.join(rules)}\n"
+        say(f"best rule by steps: {', '.join(rules)}\n"
               f"left to right, one token a step: {row['sequential']:.1f} % coherent")
 
 
 def show_medians(rows: list[dict]):
-    print(f"\nmedian of {len(rows)} runs (least - most), %")
-    print(f"{'steps, at most':<18}{'coherent':>22}{'best rule':>22}{'pairs that meet':>22}")
+    say(f"\nmedian of {len(rows)} runs (least - most), %")
+    say(f"{'steps, at most':<18}{'coherent':>22}{'best rule':>22}{'pairs that meet':>22}")
     for steps in rows[0]["coherent_by_steps"]:
         cells = []
         for name in ("coherent_by_steps", "best_rule_coherent_by_steps", "same_step_by_steps"):
             values = [row[name][steps] for row in rows]
             cells.append(f"{median(values):.1f} ({min(values):.1f} - {max(values):.1f})")
-        print(f"{steps:<18}" + "".join(f"{cell:>22}" for cell in cells))
+        say(f"{steps:<18}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def parse_args(argv):
