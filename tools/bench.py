@@ -1,13 +1,13 @@
 """What does a run cost, and how fast is it here? Any flag of train.py will do too; no download.
 
     python -m tools.bench                                    the toy: training and sampling
-    python -m tools.bench --preset gsm8k_aug --tflops 400    a run on such a device, nothing measured
-    python -m tools.bench --preset gsm8k_aug                 and on this one, from one example
-    python -m tools.bench --preset gsm8k_aug --batch 256 --sample 1,64      on a GPU: whole batches
+    python -m tools.bench --preset gsm8k_aug --tflops 400    a run at this rate, nothing measured
+    python -m tools.bench --preset gsm8k_aug                 and on this device, from one example
+    python -m tools.bench --preset gsm8k_aug --batch 256 --sample 1,64   on a GPU: whole batches
 
 First what a run costs by formula, then what was measured: medians of --steps rounds of everything
-in turn, after a cold one; what takes longer than 10 seconds is measured once. Untrained weights; the
-toy's own items, or random tokens that fill prompt and canvas of the other data sets.
+in turn, after a cold one; what takes longer than 10 seconds is measured once. Untrained weights;
+the toy's own items, or random tokens that fill prompt and canvas of the other data sets.
 
 gradient_gflop  of a step: matrix products of the networks, times 3 for backward
 update_gflop    of a step: Muon's
@@ -297,7 +297,7 @@ def show(result: dict):
     for T, rates in {**result["sample"], "causal": result["causal_twin"]}.items():
         for B, rate in rates.items():
             say(f"sample, steps {T:<8}batch {B:<4}{rate:>9.2f} answers/s"
-                  f"{rate * result['answer_tokens']:>9.0f} tokens/s")
+                f"{rate * result['answer_tokens']:>9.0f} tokens/s")
 
 
 def main(argv=None):
@@ -308,7 +308,8 @@ def main(argv=None):
                         help="examples of a part: all of a toy's batch, 1 of another's")
     parser.add_argument("--sample",
                         help="answers written at once: 1,64 of a toy, none of another; empty: none")
-    parser.add_argument("--tflops", type=float, help="measure nothing: hours at this rate, in 10^12 a second")
+    parser.add_argument("--tflops", type=float,
+                        help="measure nothing: hours at this rate, 10^12 operations a second")
     parser.add_argument("--compile", action="store_true", help="torch.compile in training")
     parser.add_argument("--json", type=path_of, default="out/bench.json", help="file to write")
     args, rest = parser.parse_known_args(argv)

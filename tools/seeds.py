@@ -188,7 +188,7 @@ def store(path: Path, flags: dict, row: dict):
 
 def show(row: dict):
     say(f"\n{row['run']}: bound {row['val']:.2f} ± {row['val_se']:.2f} nats, order stage "
-          f"{row['minutes']:.1f} minutes")
+        f"{row['minutes']:.1f} minutes")
     say(f"{'steps, at most':<26}" + "".join(f"{n:>8}" for n in row["coherent_by_steps"]))
     for label, name in (("coherent, %", "coherent_by_steps"), ("accurate, %", "accuracy_by_steps"),
                         ("pairs that meet, %", "same_step_by_steps"),
@@ -199,7 +199,7 @@ def show(row: dict):
     if "best_rule_by_steps" in row:
         rules = [f"{steps} {rule}" for steps, rule in row["best_rule_by_steps"].items()]
         say(f"best rule by steps: {', '.join(rules)}\n"
-              f"left to right, one token a step: {row['sequential']:.1f} % coherent")
+            f"left to right, one token a step: {row['sequential']:.1f} % coherent")
 
 
 def show_medians(rows: list[dict]):
