@@ -3,7 +3,7 @@
     python eval_gsm8k.py --steps 4 --limit 1000     every order at one budget, minutes
     python eval_gsm8k.py                            the whole curve
 
-Every order uses the same generate(), the same canvas, the same EOS rule and the likeliest token.
+Every order uses the same generate(), the same canvas and the likeliest token.
 The learned order runs on the order-trained checkpoint. Each rule runs on it and on every --control,
 which is denoiser.pt or, fairer, control.pt: that one was trained on by stage 1's loss for as many
 network states as the order stage saw. A rule's number is its best of these, so no rule suffers from

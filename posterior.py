@@ -21,7 +21,7 @@ assets/derivation.md derives every equation below, one at a time, with numbers.
             p's gate head knows the state and how many steps are left
   q_t^i     the probability that q opens gate i, given x0 and c
   s^i       q's score of position i; s^(n) is the n-th largest score in M_t
-  n         an even share: |M_t| / (T - t + 1), rounded up
+  n         the step's share of M_t: |M_t| / (T - t + 1)^1.5, rounded up
   tau       temperature of q
 
   Eq. 1  gates of p    p(r_t | z_t) = prod_{i in M_t} Bern(r_t^i; alpha^i)

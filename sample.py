@@ -268,7 +268,7 @@ def noise_of(seeds, T: int, L: int, device):
 
 
 @torch.no_grad()
-def generate(model: MDM, prompt, steps: int, order: Order | str = "learned", *, seeds=None,
+def generate(model: MDM, prompt, steps: int, order: Order | str = "learned:0.5", *, seeds=None,
              temperature: float = 0.0, x0=None) -> Generation:
     """Answers for prompts (B, P) in at most `steps` forward passes a row. `seeds`: one a row.
 

@@ -9,7 +9,7 @@
 
 Stages, one loop:
     denoiser  stage 1: the masked-diffusion bound, positions revealed in a random order
-    order     stage 2: from those weights, the learned order, Eq. 3-8 of posterior.py
+    order     stage 2: from those weights, the learned order, Eq. 1-8 (posterior.py, critic.py)
     control   what a comparison needs, not trained unless asked for: from stage 1's weights,
               stage 1's loss on as many more network states as the order stage saw
 Written to --out_dir: denoiser.pt, ckpt.pt (order), control.pt, log.jsonl; resume.pt as long as the
@@ -98,7 +98,7 @@ class Config:
     lr_matrix: float = arg(0.01, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(1500, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(2200, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(3, "orders per example, which then takes 1 + K network states")
     budgets: str = arg("2,3,4,6,8", "step budgets T that the order is learned for, one a batch")

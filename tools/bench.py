@@ -16,7 +16,7 @@ activations_gb  what backward keeps of one part of a batch
 train, order    the two stages. A step is the gradient of --batch examples, measured, as often as a
                 batch has it, and one update. The critic only takes time
 memory_mb       the most so far, on a CPU of the whole process
-sample          generate(), learned:0.5. Untrained gates are closed, so every step is taken
+sample          generate(), learned:0.5, which takes every step if its gates are untrained
 causal          left to right by the same network: as many tokens as true answers have on average
 """
 
