@@ -223,7 +223,7 @@ def prepare(config: Config) -> Run:
     start = start_of(stages_of(config)[0], config)
     if start is not None:
         _, state = load_checkpoint(start)
-        if config.init or state["train_config"]["init"]:  # weights belong to their tokenizer
+        if config.init or state["train_config"].get("init"):  # weights belong to their tokenizer
             pieces = state["pieces"]
 
     # Items that are too long are left out. If that is most of them, a constant is wrong.
