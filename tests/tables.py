@@ -131,11 +131,11 @@ def q_gates(s, order, t, T, tau=TAU):
     if t == T:
         return {i: torch.ones((), dtype=s.dtype) for i in masked}
     ranked = sorted((s[i] for i in masked), reverse=True)
-    even_share = math.ceil(len(masked) / (T - t + 1))
+    share = math.ceil(len(masked) / (T - t + 1) ** 1.5)
     gates = {}
     for i in masked:
         e = torch.exp((s[i] - ranked[0]) / tau)
-        f = torch.sigmoid((s[i] - ranked[even_share - 1]) / tau)
+        f = torch.sigmoid((s[i] - ranked[share - 1]) / tau)
         gates[i] = 1 - (1 - e) * (1 - f)
     return gates
 

@@ -227,7 +227,7 @@ def test_gates_know_how_many_steps_are_left_and_each_row_its_own_number():
 
 def test_a_gate_is_its_score_above_the_nth_best_soft_capped_at_15():
     """15 tanh(x / 15), where x is what the score is above the n-th best of the masked positions, n
-    an even share, and a bias for the steps left."""
+    the step's share, and a bias for the steps left."""
     model = small_model()
     head = model.gate_head
     h = 10 * torch.randn(40, 5, 16)
@@ -238,7 +238,7 @@ def test_a_gate_is_its_score_above_the_nth_best_soft_capped_at_15():
     for row in range(40):
         score = [(head.weight @ h[row, i] + head.position_bias[i]).item() for i in range(5)]
         those_masked = [i for i in range(5) if masked[row, i]]
-        n = math.ceil(len(those_masked) / steps_left[row])
+        n = math.ceil(len(those_masked) / steps_left[row] ** 1.5)
         nth_best = sorted((score[i] for i in those_masked), reverse=True)[n - 1]
         bias = head.steps_bias[min(steps_left[row], 8) - 1].item()
         for i in those_masked:

@@ -281,7 +281,7 @@ CRITIC = {
 
 SLICES = "slices = (torch.arange(B, device=device) + first) % B"
 BOUND_1 = "(log_p_of(model, h, x0, masked) / m[:, None]).sum(-1)"
-NTH = "n = torch.ceil(masked.sum(-1, keepdim=True) / steps_left).long()"
+NTH = "n = torch.ceil(masked.sum(-1, keepdim=True) / steps_left**1.5).long()"
 
 MODEL = {
     "keys do not turn": ("k = rotate(F.layer_norm(k, k.shape[-1:]), rotation)",
@@ -309,8 +309,9 @@ MODEL = {
     "one bias for two steps left and more": ("clamp(max=len(self.steps_bias))", "clamp(max=2)",
                                              GATE_ROWS),
     "gates above the best": (NTH, "n = torch.ones_like(masked.sum(-1, keepdim=True))", SOFT_CAP),
-    "half at every step": (NTH, NTH.replace("/ steps_left", "/ 2"), LOG_Q),
-    "share rounded down": (NTH, NTH.replace("/ steps_left", "// steps_left"), GATES),
+    "even shares": (NTH, NTH.replace("**1.5", ""), LOG_Q),
+    "half at every step": (NTH, NTH.replace("steps_left**1.5", "2"), LOG_Q),
+    "share rounded down": (NTH, NTH.replace("/ steps_left**1.5", "// steps_left**1.5"), GATES),
     "n-th best of all positions": ("score.masked_fill(~masked, -torch.inf).sort", "score.sort",
                                    SOFT_CAP),
     "gates made in bfloat16": (IN_FLOAT32, "if True:", AUTOCAST),
