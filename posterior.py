@@ -78,6 +78,7 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     steps_left is T - t + 1. It may be a number, or one for each row.
     Gates with nothing to decide have log q = 0: revealed positions, and all in the last step.
     """
+    # A row in which nothing is masked has best = -inf. Its gates are all settled, so nobody asks.
     best = scores.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)    # s^(1)
     nth = nth_score(scores, masked, steps_left)                              # s^(n)
     settled = ~masked | (steps_left == 1)
@@ -105,7 +106,7 @@ def sample_orders(scores, K: int, T: int, tau: float, generator=None):
     """K orders for each example: scores (B, L) -> reveal_step (B, K, L) in 1..T.
 
     reveal_step is the whole path: position i is masked in z_t if reveal_step >= t, and step t
-    reveals it if reveal_step == t.
+    reveals it if reveal_step == t. [1, 1, 2, 1] is `· · · ·`, then `3 + · 7`, then `3 + 4 7`.
     """
     B, L = scores.shape
     scores = scores[:, None].expand(B, K, L)
@@ -126,6 +127,7 @@ def log_q_of_path(scores, reveal_step, t, T: int, tau: float):
         before_t = (u < t)[:, None, None]
         masked = (reveal_step >= u) & before_t
         opens = (reveal_step == u) & before_t
+        # Where nothing is to decide, log q and log(1 - q) are both 0.
         log_q = log_gate_probs(scores, masked, T - u + 1, tau)
         total = total + torch.where(opens, log_q, log_one_minus(log_q)).sum(-1)
     return total
@@ -193,14 +195,16 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6. [NEW] q and p see the same KL, but only q's is weighted: each gets its own.
+    # Eq. 5 and 6. [NEW] The KL has two readers, and only q's is weighted. So it is computed twice,
+    # each time with the other one's gates as constants.
     last = steps_left == 1
     reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
     kl_for_q = step_kl(log_q, gate_logits.detach(), masked, last)
     kl_for_p = step_kl(log_q.detach(), gate_logits, masked, last)
     reward = (reconstruction - kl_weight * kl_for_q)[:, 1:].detach()                  # (B, K)
 
-    # Eq. 7. The value of the surrogate means nothing. Its gradient is that of REINFORCE.
+    # Eq. 7. What q is judged by is a constant here, for L_t's own gradient is in the bound already.
+    # So the value of the surrogate means nothing, and its gradient is that of REINFORCE.
     log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
     if critic_terms is None:
         surrogate = leave_one_out(reward) * log_q_path
@@ -214,7 +218,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     def over_steps(term):                              # step 1, and T - 1 times the one at t
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
-    # Its gradient is what counts: in its value the KL stands twice.
+    # Everything that is maximised. Its gradient is what counts: in its value the KL stands twice.
     bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)
     value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)
     logs = {"elbo": over_steps(reconstruction - kl_for_p), "recon": over_steps(reconstruction),
