@@ -94,9 +94,12 @@ def entropy_of(state: State):
 def learned(state: State):
     """Eq. 1: independent gates, given that at least one opens.
 
-    Without a knob they are drawn, and exactly: the first open gate is i with a probability
-    proportional to alpha^i prod_{j<i} (1 - alpha^j). Gates before it are closed, those after it
-    are free. With a knob nothing is drawn: [NEW] gates with alpha > knob open, or the likeliest.
+    Without a knob they are drawn, and exactly. Drawing them all until one is open might take long,
+    so the first open gate is drawn, from left to right: it is i if i is open and all before it are
+    closed, with probability alpha^i prod_{j<i} (1 - alpha^j), divided by the sum of these. Gates
+    before it are then closed, and those after it are free to open.
+
+    With a knob nothing is drawn: [NEW] gates with alpha > knob open, or the likeliest one.
     """
     logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
     if state.knob is not None:
