@@ -309,7 +309,7 @@ MODEL = {
     "one bias for two steps left and more": ("clamp(max=len(self.steps_bias))", "clamp(max=2)",
                                              GATE_ROWS),
     "gates above the best": (NTH, "n = torch.ones_like(masked.sum(-1, keepdim=True))", SOFT_CAP),
-    "even shares": (NTH, NTH.replace("**1.5", ""), LOG_Q),
+    "even shares": (NTH, NTH.replace("**1.5", ""), SOFT_CAP),
     "half at every step": (NTH, NTH.replace("steps_left**1.5", "2"), LOG_Q),
     "share rounded down": (NTH, NTH.replace("/ steps_left**1.5", "// steps_left**1.5"), GATES),
     "n-th best of all positions": ("score.masked_fill(~masked, -torch.inf).sort", "score.sort",
