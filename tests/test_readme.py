@@ -54,8 +54,9 @@ def test_there_are_commands_of_every_script():
 def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, capsys):
     """In a shortened form: flags of a tiny run follow those of the README and win."""
     data = fast[fast.index("--data_dir") + 1]
+    stands_for = {"DIR": data, "CKPT": "out/ckpt.pt"}
     words = [word.replace("$s", "0").replace("*", "0") for word in shlex.split(command)]
-    script, *flags = [data if word == "DIR" else word for word in words]
+    script, *flags = [stands_for.get(word, word) for word in words]
     for name in {"out", *re.findall(r"\b(?:out2?_\w+|ex)\b", " ".join(flags))}:
         shutil.copytree(straight, tmp_path / name)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
