@@ -335,8 +335,8 @@ def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | N
     compare = shlex.join(["--ckpt", str(ckpt_path), "--control",
                           str(Path(ckpt_path).with_name("control.pt"))])
     say(f"\n{len(items)} validation items, at most {steps} steps an answer, in %. The order stage "
-        "trained ckpt's denoiser on;\nfor the rules `train.py --stages control` makes up for that, "
-        f"then `eval_gsm8k.py {compare}` compares")
+        "trained ckpt's denoiser further:\n`train.py --stages control` makes up for that, and then "
+        f"`eval_gsm8k.py {compare}` compares")
     say(table(rows, metric))
 
     # Other budgets, by the same checkpoint: one order for all of them was learned.
