@@ -285,7 +285,7 @@ def meetings(model: MDM, enc, items: list[dict], steps: int, order="learned:0.5"
 
 
 def pairs_that_meet(model: MDM, enc, items: list[dict], steps: int, order="learned:0.5") -> float:
-    """The share of exchangeable pairs whose operands one step reveals, blind for each other: each
+    """The share of exchangeable pairs whose operands one step reveals, blind to each other: each
     is then right half of the time."""
     _, meets = meetings(model, enc, items, steps, order)
     return meets.sum().item() / max(len(meets), 1)

@@ -166,7 +166,8 @@ class GateHead(nn.Module):
     as in q's gates (Eq. 3). So one score per position serves every number of steps.
 
     [NEW] Each position has a bias in its score. The biases begin far apart, so p begins with an
-    order of its own, and q, which the KL pulls to what p can predict, does not tie neighbours.
+    order of its own, and q, which the KL pulls to what p can predict, gives neighbours no equal
+    scores.
     """
 
     def __init__(self, config: ModelConfig):
@@ -197,7 +198,7 @@ def nth_score(score, masked, steps_left):
 def spread_out(length: int):
     """Biases (length,) in [-5, 5): steps of 3.4 around a ring of length 10. Positions next to each
     other or two apart, as the operands of an equation are, differ by 3.2 at least: nearly a third
-    of all positions stands between them, so from T = 3 on they hardly ever begin in one step."""
+    of all positions stands between them, so most pairs begin in two steps, and none at a tie."""
     return 10 * (0.34 * torch.arange(length) % 1) - 5
 
 

@@ -1,15 +1,8 @@
 """The order posterior and the variational objective: how a model learns in which order to write.
 
-The denoiser of model.py fills many positions at once, each independently of the others. So two
-positions that depend on each other should not be filled in the same step. Which positions may go
-together is not in the data: we see answers, never the order in which they should be written. The
-order is a latent variable, and we treat it as a variational autoencoder treats its code:
-
-  - the posterior q reads the finished answer and proposes orders (in training only);
-  - the model p learns to write the answer along these orders, and to propose such orders itself;
-  - both maximise one lower bound on log p(answer | question).
-
-assets/derivation.md derives every equation below, one at a time, with numbers.
+q reads the finished answer and proposes an order, in training only. p learns to write the answer
+along these orders, and to propose such orders itself. Both maximise one lower bound on log p.
+README.md has the idea, assets/derivation.md each equation with numbers; this is the notation.
 
   B batch, K orders per example, T steps (the next budget for each batch), L answer length,
   V vocabulary
@@ -35,7 +28,7 @@ assets/derivation.md derives every equation below, one at a time, with numbers.
   Eq. 5  one step      L_t = sum_{i in M_t} q_t^i log p(x0^i | z_t) - KL_t
   Eq. 6  its KL        KL_t = sum_{i in M_t} KL(Bern(q_t^i) || Bern(alpha^i))
                               + log(1 - prod_{i in M_t} (1 - alpha^i));  in the last step 0
-  Eq. 7  gradient      sum_t E_q [ grad L_t + A_t^k grad sum_{u<t} log q(r_u^k | z_u^k) ]
+  Eq. 7  gradient      sum_t E_q mean_k [ grad L_t^k + A_t^k grad sum_{u<t} log q(r_u^k | z_u^k) ]
                        A_t^k = L_t^k - mean of L_t over the other K - 1 orders of the example
 
 [NEW] marks what the paper does not have. critic.py lowers the variance of Eq. 7 (Eq. 8).
@@ -178,11 +171,12 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
     scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
-    weight of the KL for q; p's gates always learn at weight 1. critic_terms: critic.py.
+    weight of the KL for q; p's gates always learn at weight 1. critic_terms are of critic.py, an
+    optional reading: a first reader takes them as None.
     """
     K = reveal_step.shape[1]
 
-    # The states: z_1 in column 0, z_t of the K orders in columns 1..K.
+    # The states: z_1 in column 0, where any order will do, and z_t of the K orders in 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)  # (B, 1+K)
     steps_left = (T - step + 1)[..., None]                                            # (B, 1+K, 1)
     masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]   # (B, 1+K, L)

@@ -22,19 +22,7 @@ A batch is computed in --chunks parts, in turn or by that many processes. Every 
 (seed, stage, step, part), and so is the place in the data. So a resume point needs no generator
 state, resuming is bit for bit on a CPU with as many threads, and logging or validating more often
 changes nothing.
-
-The log, and what healthy looks like (bounds and kl in nats per answer):
-    val          bound on log p(x0 | c) of validation items; in the order stage in 4 steps, with
-                 val_2 and val_8 beside it. It rises, then flattens. The order stage begins far
-                 below where stage 1 ended, since a few steps stand for one token at a time and
-                 q's gates are charged too, and climbs back.
-                 At the end of a stage over all validation items, with its standard error, val_se
-    elbo, recon, kl   means since the last line, elbo = recon - kl. kl falls from tens of nats to
-                 about 1: p has learned to predict q's order
-    explained    share of what the later steps' terms vary between the orders of an example that
-                 the critic foretells: rises to 0.1 to 0.5, wavering. Negative for long: its error
-                 is larger than with no critic at all
-    grad         gradient norm before clipping to 1; ktok/s: thousand input tokens a second
+README.md says what the log's columns are, and what healthy looks like.
 """
 
 import argparse
