@@ -130,16 +130,21 @@ def log_q_of_path(scores, reveal_step, t, T: int, tau: float):
 
 def step_kl(log_q, gate_logits, masked, last):
     """Eq. 6, in nats: (..., L) each -> (...). last (..., 1) is True in the last step."""
-    log_alpha, log_not_alpha = F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)
+    log_alpha = F.logsigmoid(gate_logits)
+    log_not_alpha = F.logsigmoid(-gate_logits)
     q = log_q.exp() * masked
     not_q = -torch.expm1(log_q)                        # 1 - q; 0 where there is nothing to decide
-    kl_of_gates = q * (log_q - log_alpha) + not_q * (log_one_minus(log_q) - log_not_alpha)
+
+    # One KL for each gate: it opens, or it stays closed.
+    if_open = q * (log_q - log_alpha)
+    if_closed = not_q * (log_one_minus(log_q) - log_not_alpha)
+    kl_of_gates = (if_open + if_closed).sum(-1)
 
     # p knows that at least one gate opens. That makes every r_t likelier: the KL gets smaller.
     decides = masked.any(-1) & ~last.squeeze(-1)
     log_none = (log_not_alpha * masked).sum(-1)                              # log prod (1 - alpha)
     log_some = torch.log(-torch.expm1(log_none.masked_fill(~decides, -1.0)))
-    return torch.where(decides, kl_of_gates.sum(-1) + log_some, 0.0)
+    return torch.where(decides, kl_of_gates + log_some, 0.0)
 
 
 # --- Eq. 4 and 7: the objective -------------------------------------------------------------------
@@ -184,7 +189,9 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     z = x0.masked_fill(masked, model.config.mask)
 
     # p and q at these states.
-    h = model(model.encode_prompt(prompt), z.flatten(0, 1)).unflatten(0, (-1, 1 + K))
+    cache = model.encode_prompt(prompt)
+    h = model(cache, z.flatten(0, 1))                                                 # a row each
+    h = h.unflatten(0, (-1, 1 + K))                                                   # (B, 1+K, ..)
     log_p = log_p_of(model, h, x0, masked)                                            # (B, 1+K, L)
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
@@ -215,7 +222,11 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     # Everything that is maximised. Its gradient is what counts: in its value the KL stands twice.
     bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)
     value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)
-    logs = {"elbo": over_steps(reconstruction - kl_for_p), "recon": over_steps(reconstruction),
-            "kl": over_steps(kl_for_p), "critic_loss": critic_loss.mean(1),
-            "reward_spread": leave_one_out(reward).square().mean(1)}
+    logs = {
+        "elbo": over_steps(reconstruction - kl_for_p),
+        "recon": over_steps(reconstruction),
+        "kl": over_steps(kl_for_p),
+        "critic_loss": critic_loss.mean(1),
+        "reward_spread": leave_one_out(reward).square().mean(1),
+    }
     return value, {name: log.detach() for name, log in logs.items()}

@@ -118,7 +118,7 @@ def rule(name, flags=""):
 BOUND = "bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)"
 VALUE = "value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)"
 REWARD = "reward = (reconstruction - kl_weight * kl_for_q)[:, 1:].detach()"
-LOG_ALPHAS = "F.logsigmoid(gate_logits), F.logsigmoid(-gate_logits)"
+LOG_ALPHA = "log_alpha = F.logsigmoid(gate_logits)"
 GATE_LOGITS = "gate_logits = model.gate_logits(h, masked, steps_left)"
 IN_FLOAT32 = "with torch.autocast(h.device.type, enabled=False):"
 LOG_Q_LINE = "log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f)"
@@ -161,16 +161,15 @@ POSTERIOR = {
                                           Q_READS),
     "scores made in bfloat16": (IN_FLOAT32, "if True:", AUTOCAST),
     # Eq. 5 and 6
-    "KL without its normaliser": ("kl_of_gates.sum(-1) + log_some", "kl_of_gates.sum(-1)",
+    "KL without its normaliser": ("kl_of_gates + log_some", "kl_of_gates",
                                   RAO_BLACKWELL),
     "normaliser counts revealed positions": (
         "(log_not_alpha * masked).sum(-1)", "log_not_alpha.sum(-1)",
         ("test_the_last_position_opens_for_certain_and_costs_no_kl",)),
     "KL charged at the last step": ("masked.any(-1) & ~last.squeeze(-1)", "masked.any(-1)",
                                     STEP_KL),
-    "alpha and 1 - alpha swapped": (LOG_ALPHAS,
-                                    "F.logsigmoid(-gate_logits), F.logsigmoid(gate_logits)",
-                                    STEP_KL),
+    "alpha and 1 - alpha swapped": (LOG_ALPHA, LOG_ALPHA.replace("gate", "-gate"), STEP_KL),
+    "closed gates cost nothing": ("(if_open + if_closed).sum(-1)", "if_open.sum(-1)", STEP_KL),
     "reconstruction without q": ("(log_q.exp() * masked * log_p).sum(-1)",
                                  "(masked * log_p).sum(-1)", RAO_BLACKWELL),
     "state one step late": (">= step[..., None]", "> step[..., None]", RAO_BLACKWELL),
