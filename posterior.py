@@ -71,7 +71,7 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     steps_left is T - t + 1. It may be a number, or one for each row.
     Gates with nothing to decide have log q = 0: revealed positions, and all in the last step.
     """
-    # A row in which nothing is masked has best = -inf. Its gates are all settled, so nobody asks.
+    # Where nothing is masked, as after t in log_q_of_path, best is -inf, and all gates are settled.
     best = scores.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)    # s^(1)
     nth = nth_score(scores, masked, steps_left)                              # s^(n)
     settled = ~masked | (steps_left == 1)
@@ -181,7 +181,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     """
     K = reveal_step.shape[1]
 
-    # The states: z_1 in column 0, where any order will do, and z_t of the K orders in 1..K.
+    # The states: z_1 in column 0, all MASK for any order, and z_t of the K orders in 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)  # (B, 1+K)
     steps_left = (T - step + 1)[..., None]                                            # (B, 1+K, 1)
     masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]   # (B, 1+K, L)
