@@ -173,8 +173,8 @@ def test_no_gate_opens_with_more_than_certainty():
 
 
 def test_every_step_does_its_share():
-    """Where neighbours lie ten tau apart, e alone opens one a step and leaves 57 to the last. With f
-    the n-th best is open half of the time, for n = 8, 11 and 15."""
+    """Where neighbours lie ten tau apart, e alone opens one a step and leaves 57 to the last. With
+    f the n-th best is open half of the time, for n = 8, 11 and 15."""
     s = 0.1 * torch.arange(60.0)[None]
     steps = posterior.sample_orders(s, 200, 4, 0.01, torch.Generator().manual_seed(0))[0]
     shares = [(steps == t).sum(-1).float().mean().item() for t in range(1, 5)]

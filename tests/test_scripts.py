@@ -778,7 +778,7 @@ def test_a_denoiser_of_another_seed_and_rate_is_taken(fast, straight, tmp_path):
 
 @pytest.mark.parametrize("stage", ["denoiser", "order"])
 def test_a_run_starts_from_any_checkpoint_of_equal_sizes(fast, straight, tmp_path, stage):
-    """With its weights and its tokenizer, on other data; and the stages after it go on from there."""
+    """With its weights and its tokenizer, on other data; the stages after it go on from there."""
     for name in ("train", "test"):
         text = (Path(fast[-1]) / f"{name}.jsonl").read_text()
         (tmp_path / f"{name}.jsonl").write_text(text.replace("pens", "cups"))
