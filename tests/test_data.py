@@ -58,6 +58,7 @@ def test_toy_is_seeded_and_splits_share_no_question():
     train, val, test = ({item["question"] for item in splits[name]} for name in TOY_SIZES)
     assert not train & test and not train & val and not val & test and len(splits["test"]) == 2000
     assert load_splits("toy", seed=5, toy_sizes={"test": 2000})["test"] == splits["test"]
+    assert load_splits("toy", seed=5, toy_sizes={"train": 9})["train"] != splits["train"][:9]
 
 
 @pytest.mark.parametrize("either_way", [False, True])

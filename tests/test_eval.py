@@ -25,7 +25,7 @@ from eval_gsm8k import (best_rules, closing_table, evaluate, exchangeable_pairs,
                         is_true, judge, locked, mcnemar, pairs_by_equation, pairs_that_meet,
                         read_results, rival_of, store, tune, value_of, wilson)
 from model import MDM, ModelConfig, load_checkpoint, save_checkpoint
-from sample import ORDERS, generate, parse_order
+from sample import ORDERS, Generation, generate, parse_order
 
 # --- one answer -----------------------------------------------------------------------------------
 
@@ -150,6 +150,23 @@ def test_nats_are_those_of_the_true_answers_with_1_96_standard_errors(parts):
         assert row["score"] == pytest.approx(log_p.mean().item(), rel=1e-4)
         assert row["ci95"] == pytest.approx((row["score"] - half, row["score"] + half), rel=1e-4)
         assert len(row["right"]) == 9
+
+
+def test_verdicts_and_steps_are_of_their_items(parts, monkeypatch):
+    """The first item does not fit, and every other answer is the true one."""
+    model, enc, items = parts
+    items = [items[-1], *items[:-1]]
+    truth = iter(encode(items, enc, 24, 16)[1].split(3))
+
+    def perfect(model, prompt, *_, seeds):
+        x0 = next(truth)
+        return Generation(x0, torch.tensor(seeds) ** 2, x0, None)
+
+    monkeypatch.setattr(eval_gsm8k, "generate", perfect)
+    row = evaluate(model, enc, items, parse_order("iid"), 9, "accuracy", "gsm8k", batch_size=3)
+    assert row["right"] == [False] + [True] * (len(items) - 1)
+    squares = [i**2 for i in range(1, len(items))]
+    assert row["steps"] == [sum(squares) / len(squares), 1, squares[-1]]
 
 
 def test_no_item_that_fits_is_one_line(parts):
@@ -475,6 +492,34 @@ def some_row(asked, budget=4):
 
 
 META = {"checkpoints": {"ckpt": 1}, "reported": {"n": 1}, "tuned_on": 2}
+
+
+def test_rows_of_other_weights_do_not_belong():
+    assert eval_gsm8k.belongs(some_row("iid"), META)
+    assert not eval_gsm8k.belongs(some_row("iid"), {**META, "checkpoints": {"ckpt": 3}})
+
+
+def test_p_is_of_both_rows():
+    row = {"checkpoint": "c", "budget": 4, "cap": 4, "steps": [3, 1, 4], "ci95": (0, 1),
+           "accuracy": 1, "coherent": 1, "no_number": 0, "true_equations": 1, "score": 1}
+    ours = {**row, "order": "learned:0.5", "right": [True] * 8}
+    rule = {**row, "order": "iid", "right": [False] * 8}
+    assert "p 7.8e-03 against iid (c)" in eval_gsm8k.table([ours], "accuracy", [rule])
+
+
+def test_a_row_and_its_knobs_are_of_its_own_checkpoint(straight, tmp_path, monkeypatch):
+    """Of two checkpoints, the rows of each are measured and tuned on one network alone."""
+    used = []
+    real = eval_gsm8k.evaluate
+    monkeypatch.setattr(eval_gsm8k, "evaluate", lambda model, enc, items, *rest:
+                        used.append((len(items), id(model))) or real(model, enc, items, *rest))
+    eval_gsm8k.main([*flags(straight, tmp_path / "x.json"), "--orders", "threshold",
+                     "--steps", "3"])
+    end = [n for n, _ in used].index(5) + 1  # the first row of the 5 reported items
+    one = used[:end]
+    two = used[end:]
+    assert len(two) > 1 and len({model for _, model in one}) == 1
+    assert len({model for _, model in two}) == 1 and one[0][1] != two[0][1]
 
 
 def test_two_evaluations_at_once_lose_nothing(tmp_path):

@@ -247,6 +247,15 @@ def test_a_gate_is_its_score_above_the_nth_best_soft_capped_at_15():
     assert found.abs().max() > 14 and found.abs().min() < 1  # capped, and hardly
 
 
+def test_raising_every_score_moves_no_gate():
+    """The n-th best is raised as well: it is no constant in the gradient."""
+    model = small_model()
+    logits = model.gate_logits(torch.randn(1, 5, 16), torch.ones(1, 5, dtype=torch.bool),
+                               torch.tensor([[2]]))
+    slope, = torch.autograd.grad(logits.sum(), model.gate_head.position_bias)
+    assert slope.sum().abs() < 1e-4 and slope.abs().max() > 1e-2
+
+
 def test_gates_do_not_look_at_what_is_revealed():
     model, h = small_model(), torch.randn(1, 5, 16)
     masked = torch.tensor([[True, False, True, False, True]])

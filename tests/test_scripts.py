@@ -538,6 +538,27 @@ def test_the_critic_is_asked_about_the_later_step_that_was_drawn(ready, monkeypa
     assert len(t.unique()) > 1 and torch.equal(asked[0]["left_at_t"], 6 - t + 1)
 
 
+def test_another_seed_is_another_run(ready, monkeypatch):
+    """In its weights, its batches and its draws."""
+    seeds = []
+    real = train.stage_objective
+    monkeypatch.setattr(train, "stage_objective",
+                        lambda *args: seeds.append(args[-1].initial_seed()) or real(*args))
+    seen = []
+    for run in (ready, replace(ready, config=replace(ready.config, seed=1))):
+        networks, optimizers = train.build_stage("denoiser", run)
+        _, x0 = train.batch_at(run, "order", 0, 4)
+        seen.append((networks.model.trunk.token.weight.clone(), x0))
+        train.train_step("denoiser", run, networks, optimizers, 0)
+    assert not any(torch.equal(a, b) for a, b in zip(*seen)) and seeds[0] != seeds[1]
+
+
+def test_only_the_first_stage_starts_from_init(fast):
+    config = train.parse_config([*fast, "--init", "x.pt", "--stages", "denoiser,order"])
+    assert train.start_of("denoiser", config) == Path("x.pt")
+    assert train.start_of("order", config) == Path(config.out_dir) / "denoiser.pt"
+
+
 @pytest.mark.parametrize("stage", ["order", "control"])
 def test_a_later_stage_starts_from_the_denoisers_weights(ready, straight, stage):
     networks, _ = train.build_stage(stage, ready)
@@ -566,8 +587,8 @@ def test_steps_move_every_parameter_that_they_should_and_no_other(ready, stage):
         train.train_step(stage, ready, networks, optimizers, step)
     if stage == "order":  # one step reaches the last layer of each network
         moved = {name for (name, p), old in zip(named, before) if not torch.equal(p, old)}
-        assert moved >= {"score_head.weight", "net.2.weight", "gate_head.weight",
-                         "token_head.weight", "trunk.blocks.0.proj.weight"}
+        assert moved >= {"score_head.weight", "weight", "gate_head.weight", "token_head.weight",
+                         "trunk.blocks.0.proj.weight"}  # `weight` is the critic's
         for step in range(1, 4):
             train.train_step(stage, ready, networks, optimizers, step)
     for (name, p), old in zip(named, before):

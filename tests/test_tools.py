@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,12 +141,14 @@ def n_parameters(*networks):
     return sum(p.numel() for network in networks for p in network.parameters())
 
 
+SMALL = ("--preset gsm8k --prompt_len 12 --answer_len 8 --n_layer 2 --n_embd 16 --n_head 2 "
+         "--n_layer_posterior 1 --n_pieces 10 --batch_size 6 --batch_size_order 4 --K 2 "
+         "--budgets 2,4 --device cpu").split()
+
+
 def test_bench_reports_a_preset_without_data(tmp_path):
-    sizes = ("--preset gsm8k --prompt_len 12 --answer_len 8 --n_layer 2 --n_embd 16 --n_head 2 "
-             "--n_layer_posterior 1 --n_pieces 10 --batch_size 6 --batch_size_order 4 --K 2 "
-             "--budgets 2,4 --device cpu").split()
     path = tmp_path / "bench.json"
-    bench.main([*sizes, "--steps", "1", "--batch", "2", "--sample", "1,3", "--json", str(path)])
+    bench.main([*SMALL, "--steps", "1", "--batch", "2", "--sample", "1,3", "--json", str(path)])
     result = json.loads(path.read_text())
     config = ModelConfig(256 + 10 + 2, 12, 8, n_layer=2, n_head=2, n_embd=16, max_steps=4)
     posterior = OrderPosterior(replace(config, n_layer=1))
@@ -173,6 +176,15 @@ def test_what_a_preset_costs_needs_no_data_and_measures_nothing(tmp_path, monkey
         assert row["hours"] * 3600 * 400e12 == pytest.approx(work)
         assert 12 * row["parameters"] < row["state_gb"] * 1e9 < 16 * row["parameters"]
     assert 120e6 < result["train"]["parameters"] < 140e6  # "near the paper's size"
+
+
+def test_a_step_is_all_its_parts_and_one_update(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "clock", lambda job, device: 1.0)
+    path = tmp_path / "bench.json"
+    bench.main([*SMALL, "--steps", "1", "--batch", "2", "--sample", "1,3", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert (result["train"]["seconds"], result["order"]["seconds"]) == (6 / 2 + 1, 4 / 2 + 1)
+    assert result["sample"]["4"] == {"1": 8, "3": 8}  # 8 answers in a second, whatever the batch
 
 
 def test_memory_is_unknown_where_there_is_no_resource_module(monkeypatch):
@@ -353,6 +365,23 @@ def test_a_run_is_a_row(seeds_table, toy_runs):
     for steps, share in row["same_step_by_steps"].items():
         met = eval_gsm8k.pairs_that_meet(model, build_tokenizer(PIECES), items, int(steps))
         assert share == 100 * met
+
+
+def test_a_rule_s_best_checkpoint_and_the_best_rule_are_told_from_the_others(toy_runs, monkeypatch):
+    def made_up(args):
+        rows = []
+        for order in map(str, args.orders):
+            for path in filter(None, [args.ckpt, *args.control.split(",")]):
+                score = 0.25 + 0.25 * (order == "margin") + 0.25 * path.endswith("ckpt.pt")
+                for budget in args.steps:
+                    rows.append({"asked": order, "budget": budget, "score": score,
+                                 "checkpoint": Path(path).stem, "coherent": score,
+                                 "accuracy": 0.9, "steps": [1.5, 1, 2]})
+        return rows, rows, {}
+
+    monkeypatch.setattr(seeds, "run_evaluation", made_up)
+    row = seeds.row_of(toy_runs / "out_3", seeds.parse_args(["--steps", "2,4", "--limit", "3"]))
+    assert row["best_rule"] == "margin" and row["orders"]["margin"]["4"] == [75, 90, 1.5]
 
 
 def test_rules_are_taken_on_the_best_of_all_checkpoints(seeds_table, toy_runs):
