@@ -173,7 +173,7 @@ class GateHead(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.n_embd))
-        self.position_bias = nn.Parameter(spread_out(config.answer_len))                # (L,)
+        self.position_bias = nn.Parameter(first_order(config.answer_len))               # (L,)
         self.steps_bias = nn.Parameter(torch.zeros(config.max_steps))
 
     def forward(self, h, masked, steps_left):
@@ -195,11 +195,18 @@ def nth_score(score, masked, steps_left):
     return nth.masked_fill(n == 0, 0.0)                # nothing is masked: any finite number
 
 
-def spread_out(length: int):
-    """Biases (length,) in [-5, 5): steps of 3.4 around a ring of length 10. Positions next to each
-    other or two apart, as the operands of an equation are, differ by 3.2 at least. So 32 % of all
-    positions have a bias between theirs. Where else p may begin: assets/experiments.md."""
-    return 10 * (0.34 * torch.arange(length) % 1) - 5
+def first_order(length: int):
+    """The order that p begins with, as biases (length,): roughly left to right, neighbours apart.
+
+    From the first to the last position they fall by 10, for what is written later often depends on
+    what stands before. On top of that are steps of 3.4 around a ring of length 10. So positions
+    next to each other or two apart, as the operands of an equation are, differ by 3 or more. The
+    order that is learned keeps some of that. Other starts: assets/experiments.md.
+    """
+    position = torch.arange(length)
+    around_the_ring = 0.34 * position % 1
+    to_the_right = position / length
+    return 10 * (around_the_ring - to_the_right)
 
 
 class MDM(nn.Module):

@@ -81,12 +81,12 @@ class Config:
     n_pieces: int = arg(2048, "most frequent text pieces in the tokenizer")
     train_items: int = arg(50_000, "size of the toy's training pool")
     # stage 1
-    max_steps_denoiser: int = arg(1000, "optimizer steps of stage 1")
+    max_steps_denoiser: int = arg(2000, "optimizer steps of stage 1")
     batch_size: int = arg(32, "examples per step of stage 1")
     lr_matrix: float = arg(0.01, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(2200, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(1750, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(3, "orders per example, which then takes 1 + K network states")
     budgets: str = arg("2,3,4,6,8", "step budgets T that the order is learned for, one a batch")
