@@ -165,9 +165,9 @@ class GateHead(nn.Module):
     open, the higher its score is above the n-th best, where n is a step's share of what is masked,
     as in q's gates (Eq. 3). So one score per position serves every number of steps.
 
-    [NEW] Each position has a bias in its score. The biases begin far apart, so p begins with an
-    order of its own, and q, which the KL pulls to what p can predict, gives neighbours no equal
-    scores.
+    [NEW] Each position has a bias in its score. The biases begin as an order of p's own. The KL
+    pulls q to what p can predict, so q soon follows it, and improves on it from there. In p's first
+    order neighbours are far apart, so q gives them no equal scores.
     """
 
     def __init__(self, config: ModelConfig):

@@ -271,9 +271,9 @@ def test_gates_stay_finite():
     assert gates_of(small_model(), h, [3, 3], masked).abs().max() <= 15
 
 
-def test_gates_start_in_an_order_in_which_neighbours_are_not_alike():
+def test_gates_start_roughly_left_to_right_with_neighbours_apart():
     """Whatever the state and the steps left: the logits of positions next to each other or two
-    apart differ by 3 at least."""
+    apart differ by 3 at least. Places a whole number of rings apart show the fall: 10 in all."""
     model = MDM(ModelConfig(11, 6, 200, 1, 2, 16))
     gates = gates_of(model, torch.randn(8, 200, 16), list(range(1, 9)))
     start = 15 * (gates / 15).atanh()
@@ -281,6 +281,7 @@ def test_gates_start_in_an_order_in_which_neighbours_are_not_alike():
     assert torch.allclose(start, start[:1].expand(8, 200), atol=1e-3)
     for distance in (1, 2):
         assert (start[:, distance:] - start[:, :-distance]).abs().min() > 3
+    assert torch.allclose(start[:, :-50] - start[:, 50:], torch.tensor(10 * 50 / 200), atol=1e-3)
 
 
 # --- stage 1's bound ------------------------------------------------------------------------------
