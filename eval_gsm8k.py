@@ -57,8 +57,8 @@ from model import MDM, load_checkpoint
 from sample import (ORDERS, Order, generate, need_trained_gates, parse_order, parse_orders,
                     parse_steps, whole_number)
 
-EVERY_ORDER = ("learned:0.5,learned,left_to_right,dilated,confidence,margin,iid,threshold,"
-               "entropy_bound,confidence+eos_last,iid+eos_last,threshold+eos_last,"
+EVERY_ORDER = ("learned:0.5,learned,first_order,left_to_right,dilated,confidence,margin,iid,"
+               "threshold,entropy_bound,confidence+eos_last,iid+eos_last,threshold+eos_last,"
                "entropy_bound+eos_last")
 
 
@@ -301,8 +301,8 @@ def pairs_by_equation(model: MDM, enc, items: list[dict], steps: int, order="lea
 
 # --- the table at the end of a training -----------------------------------------------------------
 
-CLOSING_ORDERS = ("learned:0.5,learned,iid,confidence,margin,left_to_right,threshold:0.9,"
-                  "entropy_bound:0.1")
+CLOSING_ORDERS = ("learned:0.5,learned,first_order,iid,confidence,margin,left_to_right,"
+                  "threshold:0.9,entropy_bound:0.1")
 CLOSING_STEPS = (2, 3, 4, 6, 8, 16)
 
 

@@ -78,7 +78,8 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     log_e = ((scores - best) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((scores - nth) / tau).masked_fill(settled, 0.0))
 
-    # q = e + (1 - e) f in logs. Rounding must not lift it above 1, and where e = 1 so is q.
+    # q = e + (1 - e) f in logs. Rounding must not lift it above 1. Where e = 1 so is q; settled
+    # gates got log e = 0 above.
     log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f).clamp(max=0)
     return log_q.masked_fill(log_e == 0, 0.0)
 
@@ -86,8 +87,8 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
 def log_one_minus(log_q):
     """log(1 - q) from log q, with 0 in place of -inf where q = 1.
 
-    Callers multiply that place by 0, and 0 * inf would be nan. The -1 goes in before the log, for
-    otherwise its gradient would be nan all the same.
+    There the gate cannot stay closed, so callers multiply the value by 0 or do not take it, and
+    0 * inf would be nan. The -1 goes in before the log, for otherwise its gradient would be nan.
     """
     certain = log_q == 0
     log_not_q = torch.log(-torch.expm1(log_q.masked_fill(certain, -1.0)))
@@ -196,8 +197,8 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6. [NEW] The KL has two readers, and only q's is weighted. So it is computed twice,
-    # each time with the other one's gates as constants.
+    # Eq. 5 and 6. [NEW] Two networks learn from the KL, and its weight is for q alone. So it is
+    # computed twice, each time with the other one's gates as constants.
     last = steps_left == 1
     reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
     kl_for_q = step_kl(log_q, gate_logits.detach(), masked, last)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from common import UserError, pick_device, precise, run_script
 from data import TOY_SIZES, build_tokenizer, decode, encode, final_number, load_splits
-from model import MDM, load_checkpoint, trim
+from model import MDM, first_order, load_checkpoint, step_share, trim
 
 
 @dataclass
@@ -153,6 +153,13 @@ def dilated(state: State):
     return top_k(-reversed_bits.expand(state.masked.shape), state.masked, k)
 
 
+def in_first_order(state: State):
+    """[NEW] The order that p's gates begin with, in shares as theirs: what learning starts from."""
+    score = first_order(state.masked.shape[1]).to(state.masked.device)
+    k = step_share(state.masked, state.T - state.t + 1)
+    return top_k(score.expand(state.masked.shape), state.masked, k)
+
+
 # --- rules: what is found safe, at least one position ---------------------------------------------
 
 def iid(state: State):
@@ -185,6 +192,7 @@ ORDERS = {  # name: (rule, its default knob, knobs that eval_gsm8k.py tries wher
     "margin": (margin, None, []),
     "entropy": (entropy, None, []),
     "dilated": (dilated, 2.0, [1.0, 1.5, 2.0, 3.0]),
+    "first_order": (in_first_order, None, []),
     "iid": (iid, None, []),
     "threshold": (threshold, 0.9, [0.3, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]),
     "entropy_bound": (entropy_bound, 0.01, [1e-3, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 20.0]),

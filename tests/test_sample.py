@@ -35,7 +35,7 @@ KNOBS = {"learned": [None, 0.3, 0.6, 0.99], "threshold": [0.35, 0.5, 0.95],
          "entropy_bound": [0.0, 0.7, 3.0], "dilated": [1.0, 2.0, 3.0]}
 # Orders as a user names them, adaptive ones at knobs that reveal sometimes one, sometimes several.
 RULES = ["learned:0.5", "learned", "left_to_right", "confidence", "margin", "entropy", "dilated",
-         "iid", "threshold:0.5", "entropy_bound:0.5"]
+         "first_order", "iid", "threshold:0.5", "entropy_bound:0.5"]
 FLAGS = ["", "+eos_last"]
 EVERY_ORDER = [rule + flags for rule in RULES for flags in FLAGS]
 DRAWN = ("learned", "iid")  # without a knob
@@ -106,6 +106,13 @@ def dilated(row, may, knob):
     return sorted(may, key=lambda i: f"{i:010b}"[::-1])[:share]
 
 
+def in_first_order(row, may, knob):
+    """Steps of 3.4 around a ring of 10, less a fall of 10 over the canvas; masked / left^1.5."""
+    L = len(row.p)
+    share = math.ceil(len(may) / (row.T - row.t + 1) ** 1.5)
+    return sorted(may, key=lambda i: -(3.4 * i % 10 - 10 * i / L))[:share]
+
+
 def iid(row, may, knob):
     """The earliest of uniform times in 1..T."""
     time = {i: math.floor(row.order_noise[i] * row.T) for i in may}
@@ -141,8 +148,8 @@ DEFINITIONS = {
     "confidence": even_share(lambda row, i: max(row.p[i])),
     "margin": even_share(lambda row, i: sorted(row.p[i])[-1] - sorted(row.p[i])[-2]),
     "entropy": even_share(lambda row, i: -H(row, i)),
-    "dilated": dilated, "iid": iid, "threshold": threshold, "entropy_bound": entropy_bound,
-    "learned": learned}
+    "dilated": dilated, "first_order": in_first_order, "iid": iid, "threshold": threshold,
+    "entropy_bound": entropy_bound, "learned": learned}
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -372,7 +379,7 @@ def test_any_budget_gives_finished_answers_and_a_row_does_not_depend_on_its_batc
         assert out.tokens.max() < model.config.mask and out.tokens.shape == (5, 6)
         for row, used in zip(out.reveal_step.tolist(), out.steps.tolist()):
             assert used <= steps and set(row) == set(range(1, used + 1))
-        if order in ("left_to_right", "dilated", "confidence", "margin", "entropy"):
+        if order in ("left_to_right", "dilated", "first_order", "confidence", "margin", "entropy"):
             assert (out.steps == min(steps, 6)).all()  # an even share uses the budget up
         for i in range(5):
             alone = generate(model, prompt[i : i + 1], steps, order, seeds=seeds[i : i + 1],

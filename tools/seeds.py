@@ -46,8 +46,8 @@ from sample import whole_number
 
 DEFAULT = "learned:0.5"  # sample.py's
 LEARNED = (DEFAULT, "learned")
-RULES = ("iid", "confidence", "margin", "left_to_right", "dilated", "threshold", "entropy_bound",
-         "entropy_bound+eos_last")
+RULES = ("first_order", "iid", "confidence", "margin", "left_to_right", "dilated", "threshold",
+         "entropy_bound", "entropy_bound+eos_last")
 
 
 # --- one run --------------------------------------------------------------------------------------
