@@ -83,6 +83,7 @@ FITTED = ("test_a_fitted_critic_lowers_the_variance_and_moves_no_mean",)
 W = ("test_w_moves_by_its_squared_error_alone_and_moves_nothing_else",)
 NETWORK = ("test_the_critic_says_0_at_first_and_does_not_teach_what_it_reads",)
 FEATURES = ("test_the_critic_reads_q_s_hidden_state_and_the_tokens_at_their_positions",)
+START = ("test_gates_start_roughly_left_to_right_with_neighbours_apart",)
 SPREAD = ("test_scores_have_mean_0_and_spread_1_in_each_answer",)
 Q_READS = ("test_q_reads_every_token_of_prompt_and_answer_in_its_place",)
 AUTOCAST = ("test_scores_and_gates_are_made_in_float32_under_bfloat16_autocast",)
@@ -280,7 +281,7 @@ CRITIC = {
 
 SLICES = "slices = (torch.arange(B, device=device) + first) % B"
 BOUND_1 = "(log_p_of(model, h, x0, masked) / m[:, None]).sum(-1)"
-NTH = "n = torch.ceil(masked.sum(-1, keepdim=True) / steps_left**1.5).long()"
+NTH = "torch.ceil(masked.sum(-1, keepdim=True) / steps_left**1.5).long()"
 
 MODEL = {
     "keys do not turn": ("k = rotate(F.layer_norm(k, k.shape[-1:]), rotation)",
@@ -307,12 +308,14 @@ MODEL = {
                                ("test_answers_of_one_prompt_stand_together",)),
     "one bias for two steps left and more": ("clamp(max=len(self.steps_bias))", "clamp(max=2)",
                                              GATE_ROWS),
-    "gates above the best": (NTH, "n = torch.ones_like(masked.sum(-1, keepdim=True))", SOFT_CAP),
+    "gates above the best": (NTH, "torch.ones_like(masked.sum(-1, keepdim=True))", SOFT_CAP),
     "even shares": (NTH, NTH.replace("**1.5", ""), SOFT_CAP),
     "half at every step": (NTH, NTH.replace("steps_left**1.5", "2"), LOG_Q),
     "share rounded down": (NTH, NTH.replace("/ steps_left**1.5", "// steps_left**1.5"), GATES),
     "n-th best of all positions": ("score.masked_fill(~masked, -torch.inf).sort", "score.sort",
                                    SOFT_CAP),
+    "a start that does not fall": ("(around_the_ring - to_the_right)", "around_the_ring", START),
+    "a start without a ring": ("(around_the_ring - to_the_right)", "-to_the_right", START),
     "gates made in bfloat16": (IN_FLOAT32, "if True:", AUTOCAST),
     "gates capped at 14": ("15 * torch.tanh(logits / 15)", "14 * torch.tanh(logits / 14)",
                            SOFT_CAP),
@@ -379,6 +382,11 @@ SAMPLE = {
                                   "even_share(best[..., 0]", rule("margin")),
     "entropy's sign": ("even_share(-entropy_of(state)", "even_share(entropy_of(state)",
                        rule("entropy")),
+    "the first order backwards": ("top_k(score.expand(", "top_k(-score.expand(",
+                                  rule("first_order")),
+    "the first order a step behind": ("state.T - state.t + 1)\n    return top_k(score.e",
+                                      "state.T - state.t + 2)\n    return top_k(score.e",
+                                      rule("first_order")),
     "dilated in even shares": ("open_after = state.t**state.knob", "open_after = state.t",
                                rule("dilated")),
     "threshold without the best": ("sure | top_k(score, state.masked, 1)\n", "sure\n",
