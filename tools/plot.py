@@ -32,9 +32,10 @@ from model import load_checkpoint
 from sample import (ORDERS, generate, need_trained_gates, parse_order, parse_steps, printable,
                     whole_number)
 
-# Okabe and Ito: colour-blind readers tell them apart. The learned order is black.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F", "#B8A800")
-MARKERS = "s^Dv<>PX"
+# After Okabe and Ito: colour-blind readers tell them apart. The learned order is black.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F", "#B8A800",
+          "#661100")
+MARKERS = "s^Dv<>PXp"
 DASHES = ("-", "--", ":", "-.")
 COLUMNS = 30  # of a canvas
 
