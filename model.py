@@ -209,9 +209,9 @@ def first_order(length: int):
 
     These are steps of 3.4 around a ring of length 10, less a fall of 10 over the whole canvas. By
     the ring, positions next to each other or two apart, as the operands of an equation are, differ
-    by 3 or more. By the fall, the order is roughly from left to right, for what is written later
-    often depends on what stands before. What is learned keeps some of both. Other starts:
-    assets/experiments.md.
+    by 3 or more, from 25 positions on. By the fall, the order is roughly from left to right, for
+    what is written later often depends on what stands before. What is learned keeps some of both.
+    Other starts: assets/experiments.md.
     """
     position = torch.arange(length)
     around_the_ring = 0.34 * position % 1

@@ -113,7 +113,7 @@ def learned(state: State):
     return (position == first) | ((position > first) & opens)
 
 
-# --- rules: an even share at every step -----------------------------------------------------------
+# --- rules: a share at every step -----------------------------------------------------------------
 
 def left_to_right(state: State):
     position = torch.arange(state.masked.shape[1], device=state.masked.device)

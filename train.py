@@ -1,6 +1,6 @@
 """Train a denoiser, then its generation order; then one table.
 
-    python train.py                                    the toy task, minutes on 2 CPU cores
+    python train.py                                    the toy task, half an hour of a CPU core
     python train.py --preset gsm8k --data_dir DIR      GSM8K's train.jsonl and test.jsonl
     python train.py --resume                           go on where a stopped run was saved
     python train.py --stages order                     the order stage alone, from out/denoiser.pt

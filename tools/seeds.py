@@ -16,7 +16,7 @@ coherent_by_steps             the same order at every budget
 accuracy_by_steps
 same_step_by_steps            of the pairs of exchangeable operands, those that it reveals in one
                               step along the true answer
-best_rule_by_steps            the rule of the highest coherence, each rule on the best of
+best_rule_by_steps            the rule of highest coherence, first_order too, each on the best of
                               denoiser.pt, ckpt.pt and, if it is there, control.pt
 best_rule_coherent_by_steps   and its coherence
 best_rule, best_rule_coherent the same at 4 steps
@@ -24,7 +24,7 @@ sequential                    left_to_right, one token a step, coherent
 minutes                       of the order stage, as it ran
 orders                        {order: {steps: [coherent, accuracy, mean steps]}}, all of them
 
-A run takes about seven minutes on one core with two denoisers, half as long again with the control:
+A run takes 8 to 10 minutes on one core with two denoisers, half as long again with the control:
 most of it for the rules at 8 and 16 steps, a quarter for the knobs that are tuned on validation
 items. --learned_only takes one minute, shows what needs no rule and writes no --json.
 """
