@@ -205,6 +205,31 @@ def test_the_toys_table_is_that_of_the_json(text):
             assert shown == cell(values), (order, steps)
 
 
+def test_the_leads_are_those_of_the_json():
+    """Of each seed: the best published rule, and p's first order, which nobody has published."""
+    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
+
+    def score(run, order, steps):
+        return run["orders"][order][steps][0]
+
+    def published(run, steps):
+        rules = [order for order in run["orders"] if not order.startswith("learned")]
+        return max(score(run, rule, steps) for rule in rules if rule != "first_order")
+
+    def first(run, steps):
+        return score(run, "first_order", steps)
+
+    [(header, rows)] = [table for table in tables(RESULTS) if table[0][:2] == ["", "2"]]
+    steps = header[1:]
+    learned = [median(score(run, "learned:0.5", n) for run in runs) for n in steps]
+    expected = [learned]
+    for other in (published, first):
+        expected.append([median(other(run, n) for run in runs) for n in steps])
+        expected.append([min(score(run, "learned:0.5", n) - other(run, n) for run in runs)
+                         for n in steps])
+    assert [row[1:] for row in rows] == [[f"{value:.1f}" for value in row] for row in expected]
+
+
 def test_the_seeds_are_those_of_the_json():
     """One line a training run: bound, coherent and pairs that meet by steps, best rule."""
     runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]

@@ -380,7 +380,7 @@ def test_any_budget_gives_finished_answers_and_a_row_does_not_depend_on_its_batc
         for row, used in zip(out.reveal_step.tolist(), out.steps.tolist()):
             assert used <= steps and set(row) == set(range(1, used + 1))
         if order in ("left_to_right", "dilated", "first_order", "confidence", "margin", "entropy"):
-            assert (out.steps == min(steps, 6)).all()  # an even share uses the budget up
+            assert (out.steps == min(steps, 6)).all()  # shares use the budget up
         for i in range(5):
             alone = generate(model, prompt[i : i + 1], steps, order, seeds=seeds[i : i + 1],
                              temperature=temperature)
