@@ -620,10 +620,11 @@ def main(argv=None):
         if (out / "resume.pt").is_file():
             raise UserError(f"stopped{reason}; go on with: {again(config)}") from None
         raise UserError(f"stopped before the first resume point{reason}") from None
+    finally:
+        if run.world > 1:  # its threads must have ended when Python does, or they abort the process
+            dist.destroy_process_group()
 
     # Done: no resume point is needed any more, and the new order is put to the test.
-    if run.world > 1:
-        dist.destroy_process_group()
     if run.rank > 0:
         return
     (out / "resume.pt").unlink(missing_ok=True)

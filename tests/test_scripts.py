@@ -444,7 +444,7 @@ def test_a_run_of_two_processes_goes_on_with_one(fast, tmp_path):
     both[1].kill()
     both[1].communicate()
     _, err = both[0].communicate(timeout=100)
-    assert both[0].returncode == 1
+    assert both[0].returncode == 1, err[-2000:]
     assert err.splitlines()[-1].startswith("another process has ended")
     assert "Traceback" not in err
 
