@@ -31,7 +31,7 @@ README.md has the idea, assets/derivation.md each equation with numbers; this is
   Eq. 7  gradient      sum_t E_q mean_k [ grad L_t^k + A_t^k grad sum_{u<t} log q(r_u^k | z_u^k) ]
                        A_t^k = L_t^k - mean of L_t over the other K - 1 orders of the example
 
-[NEW] marks what the paper does not have. critic.py lowers the variance of Eq. 7 (Eq. 8).
+[NEW] marks what the paper does not have.
 """
 
 import torch
@@ -51,7 +51,7 @@ class OrderPosterior(nn.Module):
         nn.init.normal_(self.score_head.weight, std=0.01)
 
     def forward(self, prompt, x0):
-        """prompt (B, P), x0 (B, L) -> scores (B, L), hidden states (B, L, D).
+        """prompt (B, P), x0 (B, L) -> scores (B, L).
 
         A position of higher score is revealed earlier. [NEW] The scores of an answer are
         standardised to mean 0 and spread 1, so tau alone sets how sharp an order is. With a free
@@ -60,7 +60,7 @@ class OrderPosterior(nn.Module):
         h = self.trunk(self.trunk.encode_prompt(prompt), x0).float()
         with torch.autocast(h.device.type, enabled=False):       # bfloat16 would tie scores
             scores = self.score_head(h).squeeze(-1)
-        return F.layer_norm(scores, scores.shape[-1:]), h
+        return F.layer_norm(scores, scores.shape[-1:])
 
 
 # --- Eq. 3: gates from scores, orders from gates --------------------------------------------------
@@ -169,16 +169,14 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     return reveal_step, t.clamp(max=T)
 
 
-def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0,
-              critic_terms=None):
+def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
     """What training maximises, and logs: both for each example, (B,).
 
     [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
     scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
-    weight of the KL for q; p's gates always learn at weight 1. critic_terms are of critic.py, an
-    optional reading: a first reader takes them as None.
+    weight of the KL for q; p's gates always learn at weight 1.
     """
     K = reveal_step.shape[1]
 
@@ -208,26 +206,17 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     # Eq. 7. What q is judged by is a constant here, for L_t's own gradient is in the bound already.
     # So the value of the surrogate means nothing, and its gradient is that of REINFORCE.
     log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
-    if critic_terms is None:
-        surrogate = leave_one_out(reward) * log_q_path
-        critic_loss = torch.zeros_like(log_q_path)
-    else:
-        foretold, correction = critic_terms
-        surprise = leave_one_out(reward - foretold)
-        surrogate = surprise.detach() * log_q_path + correction
-        critic_loss = surprise.square()
+    surrogate = leave_one_out(reward) * log_q_path
 
     def over_steps(term):                              # step 1, and T - 1 times the one at t
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
     # Everything that is maximised. Its gradient is what counts: in its value the KL stands twice.
     bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)
-    value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)
+    value = bound + (T - 1) * surrogate.mean(1)
     logs = {
         "elbo": over_steps(reconstruction - kl_for_p),
         "recon": over_steps(reconstruction),
         "kl": over_steps(kl_for_p),
-        "critic_loss": critic_loss.mean(1),
-        "reward_spread": leave_one_out(reward).square().mean(1),
     }
     return value, {name: log.detach() for name, log in logs.items()}
