@@ -169,14 +169,13 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     return reveal_step, t.clamp(max=T)
 
 
-def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
+def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     """What training maximises, and logs: both for each example, (B,).
 
     [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
-    scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
-    weight of the KL for q; p's gates always learn at weight 1.
+    scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
     """
     K = reveal_step.shape[1]
 
@@ -195,28 +194,22 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6. [NEW] Two networks learn from the KL, and its weight is for q alone. So it is
-    # computed twice, each time with the other one's gates as constants.
-    last = steps_left == 1
+    # Eq. 5 and 6: L_1, and L_t of the K orders.
     reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
-    kl_for_q = step_kl(log_q, gate_logits.detach(), masked, last)
-    kl_for_p = step_kl(log_q.detach(), gate_logits, masked, last)
-    reward = (reconstruction - kl_weight * kl_for_q)[:, 1:].detach()                  # (B, K)
+    kl = step_kl(log_q, gate_logits, masked, last=steps_left == 1)                    # (B, 1+K)
+    step_bound = reconstruction - kl                                                  # (B, 1+K)
 
     # Eq. 7. What q is judged by is a constant here, for L_t's own gradient is in the bound already.
     # So the value of the surrogate means nothing, and its gradient is that of REINFORCE.
+    reward = step_bound[:, 1:].detach()                                               # (B, K)
     log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
     surrogate = leave_one_out(reward) * log_q_path
 
     def over_steps(term):                              # step 1, and T - 1 times the one at t
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
-    # Everything that is maximised. Its gradient is what counts: in its value the KL stands twice.
-    bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)
+    # Eq. 4, and what its gradient alone would miss.
+    bound = over_steps(step_bound)
     value = bound + (T - 1) * surrogate.mean(1)
-    logs = {
-        "elbo": over_steps(reconstruction - kl_for_p),
-        "recon": over_steps(reconstruction),
-        "kl": over_steps(kl_for_p),
-    }
+    logs = {"elbo": bound, "recon": over_steps(reconstruction), "kl": over_steps(kl)}
     return value, {name: log.detach() for name, log in logs.items()}
