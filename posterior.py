@@ -30,6 +30,7 @@ README.md has the idea, assets/derivation.md each equation with numbers; this is
                               + log(1 - prod_{i in M_t} (1 - alpha^i));  in the last step 0
   Eq. 7  gradient      sum_t E_q mean_k [ grad L_t^k + A_t^k grad sum_{u<t} log q(r_u^k | z_u^k) ]
                        A_t^k = L_t^k - mean of L_t over the other K - 1 orders of the example
+         grad: for the parameters of p and of q; ^k: of order k of an example
 
 [NEW] marks what the paper does not have.
 """
@@ -129,8 +130,8 @@ def log_q_of_path(scores, reveal_step, t, T: int, tau: float):
 
 # --- Eq. 5 and 6: one step of the bound -----------------------------------------------------------
 
-def step_kl(log_q, gate_logits, masked, last):
-    """Eq. 6, in nats: (..., L) each -> (...). last (..., 1) is True in the last step."""
+def step_kl(log_q, gate_logits, masked, steps_left):
+    """Eq. 6, in nats: (..., L) each, steps_left (..., 1) -> (...)."""
     log_alpha = F.logsigmoid(gate_logits)
     log_not_alpha = F.logsigmoid(-gate_logits)
     q = log_q.exp() * masked
@@ -142,7 +143,7 @@ def step_kl(log_q, gate_logits, masked, last):
     kl_of_gates = (if_open + if_closed).sum(-1)
 
     # p knows that at least one gate opens. That makes every r_t likelier: the KL gets smaller.
-    decides = masked.any(-1) & ~last.squeeze(-1)
+    decides = masked.any(-1) & (steps_left > 1).squeeze(-1)
     log_none = (log_not_alpha * masked).sum(-1)                              # log prod (1 - alpha)
     log_some = torch.log(-torch.expm1(log_none.masked_fill(~decides, -1.0)))
     return torch.where(decides, kl_of_gates + log_some, 0.0)
@@ -195,21 +196,21 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
     # Eq. 5 and 6: L_1, and L_t of the K orders.
-    reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
-    kl = step_kl(log_q, gate_logits, masked, last=steps_left == 1)                    # (B, 1+K)
+    reconstruction = (log_q.exp() * log_p).sum(-1)                                    # (B, 1+K)
+    kl = step_kl(log_q, gate_logits, masked, steps_left)                              # (B, 1+K)
     step_bound = reconstruction - kl                                                  # (B, 1+K)
 
-    # Eq. 7. What q is judged by is a constant here, for L_t's own gradient is in the bound already.
-    # So the value of the surrogate means nothing, and its gradient is that of REINFORCE.
-    reward = step_bound[:, 1:].detach()                                               # (B, K)
-    log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
-    surrogate = leave_one_out(reward) * log_q_path
-
-    def over_steps(term):                              # step 1, and T - 1 times the one at t
+    # Eq. 4: step 1, and T - 1 times the later step that was drawn.
+    def over_steps(term):
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
-    # Eq. 4, and what its gradient alone would miss.
     bound = over_steps(step_bound)
-    value = bound + (T - 1) * surrogate.mean(1)
     logs = {"elbo": bound, "recon": over_steps(reconstruction), "kl": over_steps(kl)}
+
+    # Eq. 7. The bound's own gradient takes the states as given. What it misses, q's gradient
+    # through the states, is that of the surrogate. Its value means nothing, so it is not logged.
+    advantage = leave_one_out(step_bound[:, 1:].detach())                             # (B, K)
+    log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
+    surrogate = advantage * log_q_path
+    value = bound + (T - 1) * surrogate.mean(1)
     return value, {name: log.detach() for name, log in logs.items()}

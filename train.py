@@ -119,7 +119,7 @@ class Config:
         for text in self.budgets.split(","):
             if not text.isdecimal() or not 1 <= int(text) <= self.answer_len:
                 raise UserError(f"--budgets {self.budgets}: want numbers of steps, 1 to "
-                                f"--answer_len {self.answer_len}, like 2,3,4")
+                                f"--answer_len {self.answer_len}, like 3,4,6,8")
 
     @property
     def budget_list(self) -> list[int]:
@@ -138,7 +138,7 @@ PRESETS = {
         batch_size_order=32, K=8,
         # ours (131M parameters, 32M more for the posterior)
         prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, n_layer_posterior=4,
-        # unknown, chosen by us without a run; so are tau and its end, the toy's
+        # unknown, chosen by us without a run, as are tau and its end, the toy's
         lr_matrix=0.005, lr_other=5e-4),
 }
 SIZES = ("prompt_len", "answer_len", "n_layer", "n_head", "n_embd")
@@ -167,6 +167,8 @@ def parse_config(argv=None) -> Config:
         changed = sorted(set(given) - {"resume", "out_dir", "data_dir", "device"})
         if changed:
             raise UserError(f"--resume continues the same run: leave out --{', --'.join(changed)}")
+        if set(base) != {f.name for f in fields(Config)}:
+            raise UserError("resume.pt is of another version of train.py: go on with that one")
     return Config(**{**base, **given})
 
 
@@ -353,9 +355,9 @@ def build_stage(stage: str, run: Run) -> tuple[Networks, list]:
         networks.posterior = OrderPosterior(sizes).to(run.device)
 
     # Each has its own optimizers.
-    optimizers = make_optimizers(networks.model, config.lr_matrix, config.lr_other)
-    if networks.posterior is not None:
-        optimizers += make_optimizers(networks.posterior, config.lr_matrix, config.lr_other)
+    optimizers = []
+    for network in networks:
+        optimizers += make_optimizers(network, config.lr_matrix, config.lr_other)
     return networks, optimizers
 
 

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 import posterior
 from model import MDM, ModelConfig, log_p_of
 from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint,
-                    log_p_marginal, log_p_tokens, masked_at, orders, plain_step, possible_orders,
+                    log_p_marginal, masked_at, orders, plain_step, possible_orders,
                     q_gates, q_of, q_step, scores, state_at)
 
 NO_PROMPT = torch.zeros(1, 0, dtype=torch.long)
-MAX_STEPS = 4
 
 
 def close(a, b, tolerance=1e-10):
@@ -389,7 +388,7 @@ def trajectory(model, s, x0, chosen, _, T):
                                          TAU)
         recon = (log_q.exp() * log_p_of(model, h, x0, masked)).sum(-1)
         gate_logits = model.gate_logits(h, masked, steps_left)
-        terms.append(recon - posterior.step_kl(log_q, gate_logits, masked, steps_left == 1))
+        terms.append(recon - posterior.step_kl(log_q, gate_logits, masked, steps_left))
         log_q_gates = torch.where(opens, log_q, posterior.log_one_minus(log_q))
         log_q_step.append(log_q_gates.sum(-1))                               # log q(r_t | z_t)
     terms = torch.stack(terms)                                               # L_t, (T, N, K)
@@ -450,8 +449,8 @@ def test_trajectory_gradient_is_exact_in_expectation(L, T, K):
 
 
 def test_one_model_learns_the_bounds_of_every_number_of_steps():
-    """One table and one q, T = 1, 2 and 3 equally often: the mean gradient is that of
-    the mean bound. With T steps in all, the gates with 2 to T left learn, and no others."""
+    """One table and one q, T = 1, 2 and 3 equally often: the mean gradient is that of the mean
+    bound. With T steps in all, the gates with 2 to T left learn, and no others."""
     model, s, x0 = TableModel(), scores(), X0[3]
     total = 0.0
     learned = 0.0
@@ -460,7 +459,7 @@ def test_one_model_learns_the_bounds_of_every_number_of_steps():
         (theta, _), _ = mean_gradient(two_steps, model, s, x0, T, 2, later_steps(T))
         learned = learned + theta / 3
         gates = theta[..., V:].abs().amax(dim=(0, 1)) > 0                    # by steps left
-        assert gates.tolist() == [2 <= steps_left <= T for steps_left in range(1, MAX_STEPS + 1)]
+        assert gates.tolist() == [2 <= steps_left <= T for steps_left in range(1, len(gates) + 1)]
     exact, _ = exact_gradient(model, s, total)
     assert (learned - exact).abs().max() < 1e-10
 
@@ -483,9 +482,8 @@ def test_a_row_of_a_batch_is_what_it_is_alone():
             (scores(4, seed=3), (1, 1, 0, 1), [(3, 2, 1, 4), (2, 1, 2, 3)], 3)]
     s, x0, chosen, t = zip(*rows)
     s_rows = torch.stack(s)
-    path = torch.tensor(chosen), torch.tensor(t), T, TAU
     together, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(3, 0), torch.tensor(x0),
-                                         *path)
+                                         torch.tensor(chosen), torch.tensor(t), T, TAU)
     total = 0.0
     for i, (s_i, x0_i, chosen_i, t_i) in enumerate(rows):
         value, alone = two_steps(model, s_i, x0_i, [chosen_i], [t_i], T)
@@ -516,8 +514,8 @@ def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(100):
-        path = (*posterior.draw_orders_and_steps(s_rows, 4, T, TAU, generator), T, TAU)
-        value, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(B, 0), x0, *path)
+        drawn = posterior.draw_orders_and_steps(s_rows, 4, T, TAU, generator)
+        value, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(B, 0), x0, *drawn, T, TAU)
         gradient = torch.autograd.grad(value.mean(), (model.table, s))
         batches.append(torch.cat([logs["elbo"].mean()[None], *(g.flatten() for g in gradient)]))
     batches = torch.stack(batches)
@@ -589,8 +587,8 @@ def test_gradients_stay_finite(values):
     drawn = posterior.sample_orders(s, 4, 3, 0.1, generator)
     reveal_step = torch.cat([drawn, torch.ones(1, 1, 3, dtype=torch.long)], 1)
     for t in (2, 3):
-        path = reveal_step, torch.tensor([t]), 3, 0.1
-        value, _ = posterior.objective(model, s, NO_PROMPT, torch.tensor([X0[3]]), *path)
+        value, _ = posterior.objective(model, s, NO_PROMPT, torch.tensor([X0[3]]), reveal_step,
+                                       torch.tensor([t]), 3, 0.1)
         theta, phi = torch.autograd.grad(value.sum(), (model.table, s))
         assert value.isfinite() and theta.isfinite().all() and phi.isfinite().all()
 

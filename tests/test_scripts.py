@@ -270,6 +270,17 @@ def test_a_stopped_run_is_not_replaced_and_is_resumed_as_it_was(fast, tmp_path):
         assert contents(tmp_path / "out") == before
 
 
+def test_a_resume_point_of_another_version_is_one_line(fast, tmp_path):
+    """Of one that had a constant which is gone, or not yet one of today's."""
+    stop_at(15, fast, tmp_path)
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    of_today = state["train_config"]
+    for constants in (of_today | {"kl_ramp": 0.1}, {k: of_today[k] for k in of_today if k != "K"}):
+        torch.save(state | {"train_config": constants}, tmp_path / "resume.pt")
+        with pytest.raises(UserError, match="^resume.pt is of another version of train.py"):
+            train.main(["--resume", "--out_dir", str(tmp_path)])
+
+
 def test_a_refused_start_leaves_a_finished_run_as_it_was(fast, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "out")
     for flags in (["--n_layer", "3"], ["--chunks", "3"], ["--prompt_len", "3"],

@@ -116,7 +116,7 @@ def costs(stage: str, run: train.Run, half: bool) -> dict:
     with torch.device("meta"):
         networks = [MDM(sizes)]
         if stage == "order":
-            networks += [OrderPosterior(of_posterior)]
+            networks.append(OrderPosterior(of_posterior))
     state = 0
     for network in networks:
         for name, p in network.named_parameters():
