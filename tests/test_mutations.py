@@ -74,6 +74,7 @@ TRAJECTORY = ("test_trajectory_gradient_is_exact_in_expectation", 3, 3, 2)
 STEPS = ("test_each_later_step_is_drawn_equally_often_by_every_row", 3)
 ROWS = ("test_a_row_of_a_batch_is_what_it_is_alone",)
 LOGS = ("test_the_logged_bound_is_the_reconstruction_less_the_kl",)
+TOY_START = ("test_the_start_parts_the_operands_of_the_toy_in_four_steps",)
 START = ("test_gates_start_roughly_left_to_right_with_neighbours_apart",)
 SPREAD = ("test_scores_have_mean_0_and_spread_1_in_each_answer",)
 Q_READS = ("test_q_reads_every_token_of_prompt_and_answer_in_its_place",)
@@ -261,8 +262,9 @@ MODEL = {
     "share rounded down": (NTH, NTH.replace("/ steps_left**1.5", "// steps_left**1.5"), GATES),
     "n-th best of all positions": ("score.masked_fill(~masked, -torch.inf).sort", "score.sort",
                                    SOFT_CAP),
-    "a start that does not fall": ("(around_the_ring - to_the_right)", "around_the_ring", START),
-    "a start without a ring": ("(around_the_ring - to_the_right)", "-to_the_right", START),
+    "a start that does not fall": ("- 7 * to_the_right", "", START),
+    "a start without a ring": ("10 * around_the_ring", "0", START),
+    "a start that falls by 10": ("- 7 * to_the_right", "- 10 * to_the_right", TOY_START),
     "gates made in bfloat16": (IN_FLOAT32, "if True:", AUTOCAST),
     "gates capped at 14": ("15 * torch.tanh(logits / 15)", "14 * torch.tanh(logits / 14)",
                            SOFT_CAP),
