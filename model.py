@@ -17,8 +17,8 @@ m ~ U(0, 1),
 
     log p(x0 | c)  >=  E_m E_z  (1/m) sum_{i masked} log p(x0^i | z)        (MDLM, LLaDA)
 
-where 1/m makes up for the m L positions that are masked on average. Every order is equally likely
-there; posterior.py replaces the random order by a learned one.
+where 1/m makes up for what k masks weigh in the mean: assets/derivation.md. Every order is equally
+likely there; posterior.py replaces the random order by a learned one.
 
 Axes: B batch, K orders, P prompt, L answer canvas, V vocabulary without MASK, D width, H heads.
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
@@ -133,7 +133,8 @@ class Trunk(nn.Module):
     # [NEW] the prompt does not see the answer.
     def encode_prompt(self, prompt):
         """The cache of prompts (B, P): keys and values of each block (B, n_layer, 2, H, P, D/H),
-        and where they are not padding (B, P). Rows are prompts. `trim` saves time."""
+        and where they are not padding (B, P). Rows are prompts. (`trim` them
+        first: fewer columns.)"""
         x, rotation = self.embed(prompt, 0)
         not_pad = prompt != self.config.pad
         kvs = []
@@ -209,9 +210,9 @@ def first_order(length: int):
 
     These are steps of 3.4 around a ring of length 10, less a fall of 7 over the whole canvas. By
     the ring, positions next to each other or two apart, as the operands of an equation are, differ
-    by 3 or more, from 18 positions on. By the fall, the order is roughly from left to right, for
-    what is written later often depends on what stands before. What is learned keeps some of both.
-    Other starts: assets/experiments.md.
+    by 3 or more, on a canvas of 18 or more. By the fall, the order is roughly from left to right,
+    for what is written later often depends on what stands before. What is learned keeps some of
+    both. Other starts: assets/experiments.md.
     """
     position = torch.arange(length)
     around_the_ring = 0.34 * position % 1

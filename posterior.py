@@ -72,15 +72,15 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     steps_left is T - t + 1. It may be a number, or one for each row.
     Gates with nothing to decide have log q = 0: revealed positions, and all in the last step.
     """
-    # Where nothing is masked, as after t in log_q_of_path, best is -inf, and all gates are settled.
+    # Where nothing is masked best is -inf, and all gates are settled.
     best = scores.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)    # s^(1)
     nth = nth_score(scores, masked, steps_left)                              # s^(n)
     settled = ~masked | (steps_left == 1)
     log_e = ((scores - best) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((scores - nth) / tau).masked_fill(settled, 0.0))
 
-    # q = e + (1 - e) f in logs. Rounding must not lift it above 1. Where e = 1 so is q; settled
-    # gates got log e = 0 above.
+    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1. Where e = 1
+    # log_one_minus gives a stand-in, so q = 1 is put there in the end; settled gates have e = 1.
     log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f).clamp(max=0)
     return log_q.masked_fill(log_e == 0, 0.0)
 
@@ -144,6 +144,7 @@ def step_kl(log_q, gate_logits, masked, steps_left):
 
     # p knows that at least one gate opens. That makes every r_t likelier: the KL gets smaller.
     decides = masked.any(-1) & (steps_left > 1).squeeze(-1)
+    # (-1 stands in where there is nothing to decide, as in log_one_minus.)
     log_none = (log_not_alpha * masked).sum(-1)                              # log prod (1 - alpha)
     log_some = torch.log(-torch.expm1(log_none.masked_fill(~decides, -1.0)))
     return torch.where(decides, kl_of_gates + log_some, 0.0)
@@ -180,7 +181,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     """
     K = reveal_step.shape[1]
 
-    # The states: z_1 in column 0, all MASK for any order, and z_t of the K orders in 1..K.
+    # The states: z_1 in column 0 (all MASK, so any order's row will do), z_t of the K in 1..K.
     step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)  # (B, 1+K)
     steps_left = (T - step + 1)[..., None]                                            # (B, 1+K, 1)
     masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]   # (B, 1+K, L)
@@ -195,7 +196,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6: L_1, and L_t of the K orders.
+    # Eq. 5 and 6: L_1, and L_t of the K orders. log_p is 0 where nothing is masked.
     reconstruction = (log_q.exp() * log_p).sum(-1)                                    # (B, 1+K)
     kl = step_kl(log_q, gate_logits, masked, steps_left)                              # (B, 1+K)
     step_bound = reconstruction - kl                                                  # (B, 1+K)

@@ -47,7 +47,7 @@ class State:
     """What an order may look at before step t of T. B rows, L positions, V tokens."""
     log_p: torch.Tensor         # (B, L, V) of the token head, float32
     gate_logits: torch.Tensor   # (B, L) logits of alpha
-    masked: torch.Tensor        # (B, L) True where the order may reveal: some in each row
+    masked: torch.Tensor        # (B, L) what the order may reveal: one or more a row
     t: int
     T: int
     gate_noise: torch.Tensor    # (B, L) uniform noise, fresh every step: one number a gate
