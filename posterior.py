@@ -171,13 +171,14 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     return reveal_step, t.clamp(max=T)
 
 
-def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
+def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
     """What training maximises, and logs: both for each example, (B,).
 
     [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
-    scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
+    scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
+    weight of the KL for q; p's gates always learn at weight 1.
     """
     K = reveal_step.shape[1]
 
@@ -198,19 +199,24 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
 
     # Eq. 5 and 6: L_1, and L_t of the K orders. log_p is 0 where nothing is masked.
     reconstruction = (log_q.exp() * log_p).sum(-1)                                    # (B, 1+K)
-    kl = step_kl(log_q, gate_logits, masked, steps_left)                              # (B, 1+K)
-    step_bound = reconstruction - kl                                                  # (B, 1+K)
+    kl = step_kl(log_q.detach(), gate_logits, masked, steps_left)                     # (B, 1+K)
+
+    # [NEW] Its weight is for q alone. So it is computed twice, each time with the other network's
+    # gates as constants: once for p, above, and once for q.
+    kl_for_q = kl_weight * step_kl(log_q, gate_logits.detach(), masked, steps_left)   # (B, 1+K)
+    reward = reconstruction - kl_for_q                                                # (B, 1+K)
 
     # Eq. 4: step 1, and T - 1 times the later step that was drawn.
     def over_steps(term):
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
-    bound = over_steps(step_bound)
-    logs = {"elbo": bound, "recon": over_steps(reconstruction), "kl": over_steps(kl)}
+    bound = over_steps(reward - kl)                    # for its gradient: the KL stands twice in it
+    logs = {"elbo": over_steps(reconstruction - kl), "recon": over_steps(reconstruction),
+            "kl": over_steps(kl)}
 
     # Eq. 7. The bound's own gradient takes the states as given. What it misses, q's gradient
     # through the states, is that of the surrogate. Its value means nothing, so it is not logged.
-    advantage = leave_one_out(step_bound[:, 1:].detach())                             # (B, K)
+    advantage = leave_one_out(reward[:, 1:].detach())                                 # (B, K)
     log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
     surrogate = advantage * log_q_path
     value = bound + (T - 1) * surrogate.mean(1)

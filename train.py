@@ -90,6 +90,7 @@ class Config:
     budgets: str = arg("3,4,6,8", "step budgets T that the order is learned for, one a batch")
     tau: float = arg(0.67, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.05, "and at its end; it falls early, with the root of progress")
+    kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight goes from 0.1 to 1")
     # all stages
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds and resume points")
@@ -138,7 +139,7 @@ PRESETS = {
         batch_size_order=32, K=8,
         # ours (131M parameters, 32M more for the posterior)
         prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, n_layer_posterior=4,
-        # unknown, chosen by us without a run, as are tau and its end, the toy's
+        # unknown, chosen by us without a run, as are tau, its end and the KL ramp, the toy's
         lr_matrix=0.005, lr_other=5e-4),
 }
 SIZES = ("prompt_len", "answer_len", "n_layer", "n_head", "n_embd")
@@ -286,15 +287,17 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
             elbo = denoiser_elbo(networks.model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}
 
-        # [NEW] tau falls: at first many orders are tried, soon few.
+        # [NEW] tau falls: at first many orders are tried, soon few. The KL weight of q grows: q
+        # looks around before it has to be predictable.
         tau = c.tau * (c.tau_end / c.tau) ** progress**0.5
+        kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
 
         # q reads the answers and scores their positions. K orders are drawn, and one later step.
         scores = networks.posterior(prompt, x0)
         reveal_step, t = draw_orders_and_steps(scores, c.K, T, tau, generator)
 
         # p reads the states on the way, and everything is put together: Eq. 4 to 7.
-        return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau)
+        return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau, kl_weight)
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ EVERY_T = ("test_one_model_learns_the_bounds_of_every_number_of_steps",)
 TRAJECTORY = ("test_trajectory_gradient_is_exact_in_expectation", 3, 3, 2)
 STEPS = ("test_each_later_step_is_drawn_equally_often_by_every_row", 3)
 ROWS = ("test_a_row_of_a_batch_is_what_it_is_alone",)
+KL_WEIGHT = ("test_kl_weight_spares_q_only", 3, 3)
 LOGS = ("test_the_logged_bound_is_the_reconstruction_less_the_kl",)
 TOY_START = ("test_the_start_parts_the_operands_of_the_toy_in_four_steps",)
 START = ("test_gates_start_roughly_left_to_right_with_neighbours_apart",)
@@ -108,9 +109,10 @@ def rule(name, flags=""):
 
 # --- what is broken: {name: (line, broken line, the test that must go red)} -----------------------
 
-BOUND = "step_bound = reconstruction - kl"
+BOUND = "bound = over_steps(reward - kl)"
+KL_FOR_Q = "kl_for_q = kl_weight * step_kl(log_q, gate_logits.detach(), masked, steps_left)"
 VALUE = "value = bound + (T - 1) * surrogate.mean(1)"
-ADVANTAGE = "advantage = leave_one_out(step_bound[:, 1:].detach())"
+ADVANTAGE = "advantage = leave_one_out(reward[:, 1:].detach())"
 LOG_ALPHA = "log_alpha = F.logsigmoid(gate_logits)"
 GATE_LOGITS = "gate_logits = model.gate_logits(h, masked, steps_left)"
 IN_FLOAT32 = "with torch.autocast(h.device.type, enabled=False):"
@@ -195,17 +197,22 @@ POSTERIOR = {
         GATE_LOGITS, GATE_LOGITS.replace(" masked,", " masked[:, :1].expand_as(masked),"), STEP_KL),
     # Eq. 4 and 7
     "REINFORCE's sign": ("surrogate = advantage", "surrogate = -advantage", GRADIENT),
-    "KL's sign": (BOUND, BOUND.replace("- kl", "+ kl"), GRADIENT),
-    "no KL": (BOUND, BOUND.replace(" - kl", ""), GRADIENT),
-    "no KL for p": (BOUND, "step_bound = reconstruction - kl + step_kl(log_q.detach(), gate_logits,"
-                           " masked, steps_left) - kl.detach()", EVERY_T),
-    "no KL for q": (BOUND, "step_bound = reconstruction - step_kl(log_q.detach(), gate_logits, "
-                           "masked, steps_left)", GRADIENT),
-    "q is not charged for its order": (ADVANTAGE, ADVANTAGE.replace("step_bound", "reconstruction"),
+    "KL's sign for q": (KL_FOR_Q, KL_FOR_Q.replace("= kl", "= -kl"), GRADIENT),
+    "KL's sign for p": (BOUND, BOUND.replace("- kl", "+ kl"), GRADIENT),
+    "no KL for p": (BOUND, BOUND.replace(" - kl", ""), EVERY_T),
+    "no KL for q": (BOUND, BOUND.replace("reward", "reconstruction"), GRADIENT),
+    "gates learn at the KL's weight": (BOUND, BOUND.replace("- kl", "- kl_weight * kl"), KL_WEIGHT),
+    "q's KL at full weight": (KL_FOR_Q, KL_FOR_Q.replace("kl_weight * ", ""), KL_WEIGHT),
+    "p learns from both KLs": (KL_FOR_Q, KL_FOR_Q.replace(".detach()", ""), GRADIENT),
+    "q learns from both KLs": ("kl = step_kl(log_q.detach(),", "kl = step_kl(log_q,", GRADIENT),
+    "q is not charged for its order": (ADVANTAGE, ADVANTAGE.replace("reward", "reconstruction"),
                                        GRADIENT),
     "advantage not detached": (ADVANTAGE, ADVANTAGE.replace(".detach()", ""), GRADIENT),
-    "the logged bound without its KL": ('{"elbo": bound,', '{"elbo": over_steps(reconstruction),',
-                                        LOGS),
+    "the logged bound without its KL": ('{"elbo": over_steps(reconstruction - kl)',
+                                        '{"elbo": over_steps(reconstruction)', LOGS),
+    "the logged bound is weighted": ('{"elbo": over_steps(reconstruction - kl)',
+                                     '{"elbo": over_steps(reconstruction - kl_weight * kl)',
+                                     KL_WEIGHT),
     "the logs carry a gradient": ("log.detach() for name", "log for name", LOGS),
     "no REINFORCE": (VALUE, VALUE.replace(" + (T - 1) * surrogate.mean(1)", ""), GRADIENT),
     "no pathwise term": (VALUE, VALUE.replace("bound", "bound.detach()"), GRADIENT),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import posterior
 from model import MDM, ModelConfig, log_p_of
 from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint,
-                    log_p_marginal, masked_at, orders, plain_step, possible_orders,
+                    log_p_marginal, log_p_tokens, masked_at, orders, plain_step, possible_orders,
                     q_gates, q_of, q_step, scores, state_at)
 
 NO_PROMPT = torch.zeros(1, 0, dtype=torch.long)
@@ -24,7 +24,7 @@ def close(a, b, tolerance=1e-10):
     return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def two_steps(model, s, x0, chosen, t, T):
+def two_steps(model, s, x0, chosen, t, T, kl_weight=1.0):
     """What train.py maximises, and the logs, for N copies of one answer: (N,) each.
 
     Copy n has the K orders chosen[n], and t[n] as its later step. Scores s are (L,), or (N, L) for
@@ -35,7 +35,7 @@ def two_steps(model, s, x0, chosen, t, T):
     N = len(t)
     s = s.expand(N, -1)
     return posterior.objective(model, s, NO_PROMPT.expand(N, 0), torch.tensor([x0] * N),
-                               reveal_step, t, T, TAU)
+                               reveal_step, t, T, TAU, kl_weight)
 
 
 def step_logs(model, s, x0, order, t, T):
@@ -493,6 +493,39 @@ def test_a_row_of_a_batch_is_what_it_is_alone():
     for a, b in zip(torch.autograd.grad(together.sum(), (model.table, *s)),
                     torch.autograd.grad(total, (model.table, *s))):
         assert (a - b).abs().max() < 1e-12
+
+
+def weighted_elbo(model, s, x0, T, kl_weight):
+    """E_q sum_t recon_t - kl_weight KL_t, gate by gate."""
+    total = 0.0
+    for o in possible_orders(s, T):
+        q = q_of(s, o, T)
+        steps = range(1, max(o) + 1)
+        tokens = sum(log_p_tokens(model, x0, o, t) for t in steps)
+        gates = q.log() - sum(log_p_gates(model, x0, o, t, T) for t in steps)
+        total = total + q * (tokens - kl_weight * gates)
+    return total
+
+
+@pytest.mark.parametrize("L, T", [(3, 3), (4, 2)])
+def test_kl_weight_spares_q_only(L, T):
+    """In expectation, advantage included: theta's gradient is that of the whole bound, phi's that
+    of recon - kl_weight KL. The logged bound has no weight."""
+    model, s, x0 = TableModel(L), scores(L), X0[L]
+
+    def softened(*args):
+        return two_steps(*args, kl_weight=0.3)
+
+    (theta, phi), _ = mean_gradient(softened, model, s, x0, T, 2, later_steps(T))
+    exact, _ = exact_gradient(model, s, exact_elbo(model, s, x0, T))
+    _, weighted = exact_gradient(model, s, weighted_elbo(model, s, x0, T, 0.3))
+    assert (theta - exact).abs().max() < 1e-10 and (phi - weighted).abs().max() < 1e-10
+
+    chosen = [[next(iter(possible_orders(s, T)))] * 2]
+    _, with_weight = softened(model, s, x0, chosen, [2], T)
+    _, without = two_steps(model, s, x0, chosen, [2], T)
+    for name in ("elbo", "recon", "kl"):
+        assert close(with_weight[name], without[name])
 
 
 def test_the_logged_bound_is_the_reconstruction_less_the_kl():

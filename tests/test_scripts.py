@@ -275,7 +275,7 @@ def test_a_resume_point_of_another_version_is_one_line(fast, tmp_path):
     stop_at(15, fast, tmp_path)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     of_today = state["train_config"]
-    for constants in (of_today | {"kl_ramp": 0.1}, {k: of_today[k] for k in of_today if k != "K"}):
+    for constants in (of_today | {"critic": 1}, {k: of_today[k] for k in of_today if k != "K"}):
         torch.save(state | {"train_config": constants}, tmp_path / "resume.pt")
         with pytest.raises(UserError, match="^resume.pt is of another version of train.py"):
             train.main(["--resume", "--out_dir", str(tmp_path)])
@@ -515,13 +515,13 @@ def test_a_bound_is_of_the_step_budgets_in_turn(ready, monkeypatch):
     assert train.budget_at(9, replace(ready.config, budgets="5,7")) == 7
 
 
-def test_tau_falls_over_the_order_stage(ready, monkeypatch):
+def test_tau_falls_and_the_kl_weight_grows_over_the_order_stage(ready, monkeypatch):
     """What the objective is given at the beginning, in the middle and at the end."""
     drawn = []
     judged = []
     monkeypatch.setattr(train, "draw_orders_and_steps", lambda *args: drawn.append(args[3]) or
                         posterior.draw_orders_and_steps(*args))
-    monkeypatch.setattr(train, "objective", lambda *args: judged.append(args[7]) or
+    monkeypatch.setattr(train, "objective", lambda *args: judged.append(args[7:9]) or
                         posterior.objective(*args))
     networks, _ = train.build_stage("order", ready)
     batch = train.batch_at(ready, "order", 0, 4)
@@ -529,7 +529,8 @@ def test_tau_falls_over_the_order_stage(ready, monkeypatch):
         train.stage_objective(ready, networks, *batch, progress, 4, None)
     taus = [0.67 * (0.05 / 0.67) ** x for x in (0, 0.05**0.5, 0.5**0.5, 1)]
     assert drawn == pytest.approx(taus)
-    assert judged == pytest.approx(taus)
+    assert [tau for tau, _ in judged] == pytest.approx(taus)
+    assert [weight for _, weight in judged] == pytest.approx([0.1, 0.55, 1.0, 1.0])
 
 
 def test_another_seed_is_another_run(ready, monkeypatch):
