@@ -339,7 +339,7 @@ def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | N
         f"`eval_gsm8k.py {compare}` compares")
     say(table(rows, metric))
 
-    # Other budgets, by the same checkpoint, and some that no batch of training takes.
+    # Other budgets, by the same checkpoint: one order for all of them was learned.
     coherent = {}
     meet = {}
     if dataset.startswith("toy"):

@@ -32,7 +32,7 @@ README.md has the idea, assets/derivation.md each equation with numbers; this is
                        A_t^k = L_t^k - mean of L_t over the other K - 1 orders of the example
          grad: for the parameters of p and of q; ^k: of order k of an example
 
-[NEW] marks what the paper does not have.
+[NEW] marks what the paper does not have. critic.py lowers the variance of Eq. 7 (Eq. 8).
 """
 
 import torch
@@ -52,7 +52,7 @@ class OrderPosterior(nn.Module):
         nn.init.normal_(self.score_head.weight, std=0.01)
 
     def forward(self, prompt, x0):
-        """prompt (B, P), x0 (B, L) -> scores (B, L).
+        """prompt (B, P), x0 (B, L) -> scores (B, L), hidden states (B, L, D).
 
         A position of higher score is revealed earlier. [NEW] The scores of an answer are
         standardised to mean 0 and spread 1, so tau alone sets how sharp an order is. With a free
@@ -61,7 +61,7 @@ class OrderPosterior(nn.Module):
         h = self.trunk(self.trunk.encode_prompt(prompt), x0).float()
         with torch.autocast(h.device.type, enabled=False):       # bfloat16 would tie scores
             scores = self.score_head(h).squeeze(-1)
-        return F.layer_norm(scores, scores.shape[-1:])
+        return F.layer_norm(scores, scores.shape[-1:]), h
 
 
 # --- Eq. 3: gates from scores, orders from gates --------------------------------------------------
@@ -130,8 +130,8 @@ def log_q_of_path(scores, reveal_step, t, T: int, tau: float):
 
 # --- Eq. 5 and 6: one step of the bound -----------------------------------------------------------
 
-def step_kl(log_q, gate_logits, masked, steps_left):
-    """Eq. 6, in nats: (..., L) each, steps_left (..., 1) -> (...)."""
+def step_kl(log_q, gate_logits, masked, last):
+    """Eq. 6, in nats: (..., L) each -> (...). last (..., 1) is True in the last step."""
     log_alpha = F.logsigmoid(gate_logits)
     log_not_alpha = F.logsigmoid(-gate_logits)
     q = log_q.exp() * masked
@@ -143,7 +143,7 @@ def step_kl(log_q, gate_logits, masked, steps_left):
     kl_of_gates = (if_open + if_closed).sum(-1)
 
     # p knows that at least one gate opens. That makes every r_t likelier: the KL gets smaller.
-    decides = masked.any(-1) & (steps_left > 1).squeeze(-1)
+    decides = masked.any(-1) & ~last.squeeze(-1)
     # (-1 stands in where there is nothing to decide, as in log_one_minus.)
     log_none = (log_not_alpha * masked).sum(-1)                              # log prod (1 - alpha)
     log_some = torch.log(-torch.expm1(log_none.masked_fill(~decides, -1.0)))
@@ -171,14 +171,16 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     return reveal_step, t.clamp(max=T)
 
 
-def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0):
+def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0,
+              critic_terms=None):
     """What training maximises, and logs: both for each example, (B,).
 
     [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
     scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
-    weight of the KL for q; p's gates always learn at weight 1.
+    weight of the KL for q; p's gates always learn at weight 1. critic_terms are of critic.py, an
+    optional reading: a first reader takes them as None.
     """
     K = reveal_step.shape[1]
 
@@ -197,27 +199,38 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6: L_1, and L_t of the K orders. log_p is 0 where nothing is masked.
-    reconstruction = (log_q.exp() * log_p).sum(-1)                                    # (B, 1+K)
-    kl = step_kl(log_q.detach(), gate_logits, masked, steps_left)                     # (B, 1+K)
-
-    # [NEW] Its weight is for q alone. So it is computed twice, each time with the other network's
-    # gates as constants: once for p, above, and once for q.
-    kl_for_q = kl_weight * step_kl(log_q, gate_logits.detach(), masked, steps_left)   # (B, 1+K)
-    reward = reconstruction - kl_for_q                                                # (B, 1+K)
-
-    # Eq. 4: step 1, and T - 1 times the later step that was drawn.
-    def over_steps(term):
-        return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
-
-    bound = over_steps(reward - kl)                    # for its gradient: the KL stands twice in it
-    logs = {"elbo": over_steps(reconstruction - kl), "recon": over_steps(reconstruction),
-            "kl": over_steps(kl)}
+    # Eq. 5 and 6. [NEW] Two networks learn from the KL, and its weight is for q alone. So it is
+    # computed twice, each time with the other one's gates as constants.
+    last = steps_left == 1
+    reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
+    kl_for_q = step_kl(log_q, gate_logits.detach(), masked, last)
+    kl_for_p = step_kl(log_q.detach(), gate_logits, masked, last)
+    reward = (reconstruction - kl_weight * kl_for_q)[:, 1:].detach()                  # (B, K)
 
     # Eq. 7. The bound's own gradient takes the states as given. What it misses, q's gradient
-    # through the states, is that of the surrogate. Its value means nothing, so it is not logged.
-    advantage = leave_one_out(reward[:, 1:].detach())                                 # (B, K)
+    # through the states, is that of the surrogate, whose value means nothing. What q is judged by
+    # is a constant in it.
     log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
-    surrogate = advantage * log_q_path
-    value = bound + (T - 1) * surrogate.mean(1)
+    if critic_terms is None:
+        surrogate = leave_one_out(reward) * log_q_path
+        critic_loss = torch.zeros_like(log_q_path)
+    else:
+        foretold, correction = critic_terms
+        surprise = leave_one_out(reward - foretold)
+        surrogate = surprise.detach() * log_q_path + correction
+        critic_loss = surprise.square()
+
+    def over_steps(term):                              # step 1, and T - 1 times the one at t
+        return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
+
+    # Everything that is maximised. Its gradient is what counts: in its value the KL stands twice.
+    bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)
+    value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)
+    logs = {
+        "elbo": over_steps(reconstruction - kl_for_p),
+        "recon": over_steps(reconstruction),
+        "kl": over_steps(kl_for_p),
+        "critic_loss": critic_loss.mean(1),
+        "reward_spread": leave_one_out(reward).square().mean(1),
+    }
     return value, {name: log.detach() for name, log in logs.items()}
