@@ -17,8 +17,8 @@ m ~ U(0, 1),
 
     log p(x0 | c)  >=  E_m E_z  (1/m) sum_{i masked} log p(x0^i | z)        (MDLM, LLaDA)
 
-where 1/m makes up for what k masks weigh in the mean: assets/derivation.md. Every order is equally
-likely there; posterior.py replaces the random order by a learned one.
+where 1/m gives each token its due weight (assets/derivation.md). Every order is equally likely
+there; posterior.py replaces the random order by a learned one.
 
 Axes: B batch, K orders, P prompt, L answer canvas, V vocabulary without MASK, D width, H heads.
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
