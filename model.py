@@ -133,8 +133,7 @@ class Trunk(nn.Module):
     # [NEW] the prompt does not see the answer.
     def encode_prompt(self, prompt):
         """The cache of prompts (B, P): keys and values of each block (B, n_layer, 2, H, P, D/H),
-        and where they are not padding (B, P). Rows are prompts. (`trim` them
-        first: fewer columns.)"""
+        and where they are not padding (B, P)."""
         x, rotation = self.embed(prompt, 0)
         not_pad = prompt != self.config.pad
         kvs = []
@@ -163,14 +162,12 @@ class Trunk(nn.Module):
 class GateHead(nn.Module):
     """Eq. 1: the logits of alpha. p scores the positions of a state, and opens the best of them.
 
-    [NEW] How many gates open depends on the steps left. A gate is the more likely to open, the
-    higher its score is above the n-th best, where n is a step's share of what is masked, as in q's
-    gates (Eq. 3). So one score per position serves every number of steps.
+    [NEW] A gate is the more likely to open, the higher its score is above the n-th best, where n is
+    a step's share of what is masked, as in q's gates (Eq. 3). It depends on how many steps are
+    left, so one score per position serves every number of steps.
 
-    [NEW] Each position has a bias in its score. The biases begin as an order of p's own. The KL
-    pulls q to what p can predict, so q soon follows that order, and improves on it from there. In
-    it neighbours have very different scores. If p could at first only predict the same for two tied
-    operands, the KL would pull q to equal scores, and one step would open both.
+    [NEW] Each position has a bias in its score. The biases begin as an order of p's own, in which
+    neighbours have very different scores: see first_order.
     """
 
     def __init__(self, config: ModelConfig):
@@ -208,11 +205,15 @@ def nth_score(score, masked, steps_left):
 def first_order(length: int):
     """The order that p begins with, as biases (length,): 0, 3.2, 6.5, -0.3, 2.9 .. of 60.
 
-    These are steps of 3.4 around a ring of length 10, less a fall of 10 over the whole canvas. By
-    the ring, positions next to each other or two apart, as the operands of an equation are, differ
-    by 3 or more, on a canvas of 25 or more. By the fall, the order is roughly from left to right,
-    for what is written later often depends on what stands before. What is learned keeps some of
-    both. Other starts: assets/experiments.md.
+    The KL pulls q to what p can predict, so q soon follows this order, and improves on it from
+    there. If p could at first only predict the same for two tied operands, the KL would pull q to
+    equal scores, and one step would open both. So positions next to each other or two apart, as the
+    operands of an equation are, differ by 3 or more (on a canvas of 25 or more): the first term
+    goes round a ring of length 10 in steps of 3.4.
+
+    The second term falls by 10 over the canvas, so the order is roughly from left to right: what is
+    written later often depends on what stands before. What is learned keeps some of both. Other
+    starts: assets/experiments.md.
     """
     position = torch.arange(length)
     around_the_ring = 0.34 * position % 1

@@ -72,17 +72,16 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     steps_left is T - t + 1. It may be a number, or one for each row.
     Gates with nothing to decide have log q = 0: revealed positions, and all in the last step.
     """
-    # Where nothing is masked best is -inf, and all gates are settled.
     best = scores.masked_fill(~masked, -torch.inf).amax(-1, keepdim=True)    # s^(1)
     nth = nth_score(scores, masked, steps_left)                              # s^(n)
     settled = ~masked | (steps_left == 1)
     log_e = ((scores - best) / tau).masked_fill(settled, 0.0)
     log_f = F.logsigmoid(((scores - nth) / tau).masked_fill(settled, 0.0))
+    certain = log_e == 0                                 # the best position, and settled gates
 
-    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1. Where e = 1
-    # log_one_minus gives a stand-in, so q = 1 is put there in the end; settled gates have e = 1.
+    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1.
     log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f).clamp(max=0)
-    return log_q.masked_fill(log_e == 0, 0.0)
+    return log_q.masked_fill(certain, 0.0)
 
 
 def log_one_minus(log_q):
@@ -172,15 +171,15 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
 
 
 def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0,
-              critic_terms=None):
+              foretold=0.0, correction=0.0):
     """What training maximises, and logs: both for each example, (B,).
 
     [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
     scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
-    weight of the KL for q; p's gates always learn at weight 1. critic_terms are of critic.py, an
-    optional reading: a first reader takes them as None.
+    weight of the KL for q; p's gates always learn at weight 1. foretold and correction (B, K) are
+    of critic.py, an optional reading: without a critic they are 0.
     """
     K = reveal_step.shape[1]
 
@@ -199,38 +198,37 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # Eq. 5 and 6. [NEW] Two networks learn from the KL, and its weight is for q alone. So it is
-    # computed twice, each time with the other one's gates as constants.
-    last = steps_left == 1
+    # L_t, Eq. 5 and 6. [NEW] What q feels of the KL is kl_weight times its gradient.
     reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
-    kl_for_q = step_kl(log_q, gate_logits.detach(), masked, last)
-    kl_for_p = step_kl(log_q.detach(), gate_logits, masked, last)
-    reward = (reconstruction - kl_weight * kl_for_q)[:, 1:].detach()                  # (B, K)
+    kl = step_kl(scale_gradient(log_q, kl_weight), gate_logits, masked, steps_left == 1)
+    L_t = reconstruction - kl
 
-    # Eq. 7. The bound's own gradient takes the states as given. What it misses, q's gradient
-    # through the states, is that of the surrogate, whose value means nothing. What q is judged by
-    # is a constant in it.
-    log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)                        # (B, K)
-    if critic_terms is None:
-        surrogate = leave_one_out(reward) * log_q_path
-        critic_loss = torch.zeros_like(log_q_path)
-    else:
-        foretold, correction = critic_terms
-        surprise = leave_one_out(reward - foretold)
-        surrogate = surprise.detach() * log_q_path + correction
-        critic_loss = surprise.square()
+    # Eq. 7. The gradient of L_t takes the state as given. What it misses is q's gradient through
+    # the gates that led to the state. That is the gradient of the surrogate, whose value means
+    # nothing: the advantage is only a weight in it.
+    reward = (reconstruction - kl_weight * kl)[:, 1:].detach()                        # (B, K)
+    advantage = leave_one_out(reward - foretold)
+    log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)
+    surrogate = advantage.detach() * log_q_path + correction
 
     def over_steps(term):                              # step 1, and T - 1 times the one at t
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
-    # Everything that is maximised. Its gradient is what counts: in its value the KL stands twice.
-    bound = over_steps(reconstruction - kl_weight * kl_for_q - kl_for_p)
-    value = bound + (T - 1) * surrogate.mean(1) - critic_loss.mean(1)
+    # Everything that is maximised: Eq. 4, Eq. 7's second term, and the critic's fit, which is a
+    # constant where there is no critic.
+    bound = over_steps(L_t)
+    critic_loss = advantage.square().mean(1)
+    value = bound + (T - 1) * surrogate.mean(1) - critic_loss
     logs = {
-        "elbo": over_steps(reconstruction - kl_for_p),
+        "elbo": bound,
         "recon": over_steps(reconstruction),
-        "kl": over_steps(kl_for_p),
-        "critic_loss": critic_loss.mean(1),
+        "kl": over_steps(kl),
+        "critic_loss": critic_loss,
         "reward_spread": leave_one_out(reward).square().mean(1),
     }
     return value, {name: log.detach() for name, log in logs.items()}
+
+
+def scale_gradient(x, factor: float):
+    """x itself, with a gradient that is `factor` times as large."""
+    return x.detach() + factor * (x - x.detach())

@@ -92,18 +92,22 @@ def entropy_of(state: State):
 # --- the learned order ----------------------------------------------------------------------------
 
 def learned(state: State):
-    """Eq. 1: independent gates, given that at least one opens.
-
-    Without a knob they are drawn, and exactly. Drawing them all until one is open might take long,
-    so the first open gate is drawn, from left to right: it is i if i is open and all before it are
-    closed, with probability alpha^i prod_{j<i} (1 - alpha^j), divided by the sum of these. Gates
-    before it are then closed, and those after it are free to open.
-
-    With a knob nothing is drawn: [NEW] gates with alpha > knob open, or the likeliest one.
-    """
+    """The gates of p, Eq. 1. [NEW] With a knob nothing is drawn: gates with alpha > knob open, or
+    the likeliest one. Without one they are drawn, as the paper does."""
     logits = state.gate_logits.masked_fill(~state.masked, -torch.inf)
-    if state.knob is not None:
-        return (logits.sigmoid() > state.knob) | top_k(logits, state.masked, 1)
+    if state.knob is None:
+        return draw_gates(logits, state)
+    return (logits.sigmoid() > state.knob) | top_k(logits, state.masked, 1)
+
+
+def draw_gates(logits, state: State):
+    """Independent gates (B, L), given that at least one opens, exactly.
+
+    Drawing them all until one is open might take long. So the first open gate is drawn, from left
+    to right: it is i if i is open and all before it are closed, with probability
+    alpha^i prod_{j<i} (1 - alpha^j), divided by the sum of these. Gates before it are then closed,
+    and those after it are free to open.
+    """
     log_not_alpha = F.logsigmoid(-logits)                    # log(1 - alpha), 0 where revealed
     log_none_before = log_not_alpha.cumsum(-1) - log_not_alpha
     log_first = F.logsigmoid(logits) + log_none_before

@@ -301,15 +301,16 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
         reveal_step, t = draw_orders_and_steps(scores, c.K, T, tau, generator)
 
         # What the critic foretells of that step, Eq. 8. Validation does without it.
-        critic = None
+        foretold = 0.0
+        correction = 0.0
         if networks.critic is not None:
             features = critic_features(networks.posterior, h, x0)
             w = networks.critic(features, left_at_t=T - t + 1)
-            critic = critic_terms(scores, w, reveal_step, t, T, tau)
+            foretold, correction = critic_terms(scores, w, reveal_step, t, T, tau)
 
         # p reads the states on the way, and everything is put together: Eq. 4 to 7.
         return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau, kl_weight,
-                         critic)
+                         foretold, correction)
 
 
 @torch.no_grad()
