@@ -79,7 +79,8 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     log_f = F.logsigmoid(((scores - nth) / tau).masked_fill(settled, 0.0))
     certain = log_e == 0                                 # the best position, and settled gates
 
-    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1.
+    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1. Where a gate is
+    # certain log(1 - e) is wrong, and the result is not used.
     log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f).clamp(max=0)
     return log_q.masked_fill(certain, 0.0)
 
@@ -87,8 +88,9 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
 def log_one_minus(log_q):
     """log(1 - q) from log q, with 0 in place of -inf where q = 1.
 
-    There the gate cannot stay closed, so callers multiply the value by 0 or do not take it, and
-    0 * inf would be nan. The -1 goes in before the log, for otherwise its gradient would be nan.
+    There the gate cannot stay closed, so no caller uses the value: step_kl multiplies it by 0, the
+    others take another one. But 0 * inf would be nan. The -1 goes in before the log, for otherwise
+    its gradient would be nan.
     """
     certain = log_q == 0
     log_not_q = torch.log(-torch.expm1(log_q.masked_fill(certain, -1.0)))
