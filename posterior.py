@@ -93,7 +93,8 @@ def log_one_minus(log_q):
     its gradient would be nan.
     """
     certain = log_q == 0
-    log_not_q = torch.log(-torch.expm1(log_q.masked_fill(certain, -1.0)))
+    below_0 = log_q.masked_fill(certain, -1.0)
+    log_not_q = torch.log(-torch.expm1(below_0))
     return log_not_q.masked_fill(certain, 0.0)
 
 
@@ -110,8 +111,8 @@ def sample_orders(scores, K: int, T: int, tau: float, generator=None):
     for t in range(1, T):
         masked = reveal_step >= t
         q = log_gate_probs(scores, masked, T - t + 1, tau).exp()
-        opens = torch.rand(q.shape, device=q.device, dtype=q.dtype, generator=generator) < q
-        reveal_step[masked & opens] = t
+        noise = torch.rand(q.shape, device=q.device, dtype=q.dtype, generator=generator)
+        reveal_step[masked & (noise < q)] = t
     return reveal_step
 
 
@@ -144,10 +145,9 @@ def step_kl(log_q, gate_logits, masked, last):
     kl_of_gates = (if_open + if_closed).sum(-1)
 
     # p knows that at least one gate opens. That makes every r_t likelier: the KL gets smaller.
-    decides = masked.any(-1) & ~last.squeeze(-1)
-    # (-1 stands in where there is nothing to decide, as in log_one_minus.)
     log_none = (log_not_alpha * masked).sum(-1)                              # log prod (1 - alpha)
-    log_some = torch.log(-torch.expm1(log_none.masked_fill(~decides, -1.0)))
+    log_some = log_one_minus(log_none)
+    decides = masked.any(-1) & ~last.squeeze(-1)
     return torch.where(decides, kl_of_gates + log_some, 0.0)
 
 
@@ -168,7 +168,8 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     reveal_step = sample_orders(scores, K, T, tau, generator)
     later_steps = max(T - 1, 1)                        # T = 1 has none, and gives it weight 0
     start = torch.randint(later_steps, (1,), device=scores.device, generator=generator)
-    t = 2 + (torch.arange(len(scores), device=scores.device) + start) % later_steps
+    row = torch.arange(len(scores), device=scores.device)
+    t = 2 + (row + start) % later_steps
     return reveal_step, t.clamp(max=T)
 
 
@@ -186,9 +187,12 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     K = reveal_step.shape[1]
 
     # The states: z_1 in column 0 (all MASK, so any order's row will do), z_t of the K in 1..K.
-    step = torch.cat([torch.ones_like(t)[:, None], t[:, None].expand(-1, K)], dim=1)  # (B, 1+K)
+    first = torch.ones_like(t)[:, None]
+    later = t[:, None].expand(-1, K)
+    step = torch.cat([first, later], dim=1)                                           # (B, 1+K)
     steps_left = (T - step + 1)[..., None]                                            # (B, 1+K, 1)
-    masked = torch.cat([reveal_step[:, :1], reveal_step], dim=1) >= step[..., None]   # (B, 1+K, L)
+    orders = torch.cat([reveal_step[:, :1], reveal_step], dim=1)                      # (B, 1+K, L)
+    masked = orders >= step[..., None]                                                # (B, 1+K, L)
     x0 = x0[:, None].expand_as(masked)
     z = x0.masked_fill(masked, model.config.mask)
 

@@ -145,7 +145,7 @@ POSTERIOR = {
     "orders told one step too many": ("q = log_gate_probs(scores, masked, T - t + 1, tau).exp()",
                                       "q = log_gate_probs(scores, masked, T - t + 2, tau).exp()",
                                       ORDER_LAW),
-    "gates drawn from q squared": ("generator=generator) < q", "generator=generator) < q * q",
+    "gates drawn from q squared": ("(noise < q)", "(noise < q * q)",
                                    ORDER_LAW),
     "log of 0": ("log_q.masked_fill(certain, -1.0)", "log_q", FINITE),
     "scores with a mean": ("F.layer_norm(scores, scores.shape[-1:])",
@@ -238,8 +238,7 @@ POSTERIOR = {
     "step T never drawn": ("+ start) % later_steps\n", "+ start) % max(later_steps - 1, 1)\n",
                            STEPS),
     "steps without a random start": ("+ start) % later_steps\n", "+ 0) % later_steps\n", STEPS),
-    "the same step for all rows": ("(torch.arange(len(scores), device=scores.device) + start)",
-                                   "(0 * torch.arange(len(scores)) + start)", STEPS),
+    "the same step for all rows": ("(row + start)", "(0 * row + start)", STEPS),
     # Eq. 8
     "the critic stays in REINFORCE": ("advantage = leave_one_out(reward - foretold)",
                                       "advantage = leave_one_out(reward)", GRADIENT),
