@@ -49,6 +49,9 @@ def run_script(main):
         raise UserError("stopped") from None
     except OSError as e:  # its text names the file
         raise UserError(f"stopped: {e}; files that were written are whole") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise UserError("out of memory: take smaller sizes or batches (train.py: more --chunks)"
+                        ) from None
     finally:
         with contextlib.suppress(OSError):
             flush_stdout()
@@ -128,6 +131,30 @@ def path_of(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as e:
         raise UserError(f"{text}: whose home is that? Write the path without ~") from e
+
+
+def path_to_write(text: str) -> Path:
+    """The same, of a file that is to be written in the end: refused now if that cannot be."""
+    path = path_of(text)
+    if not path.name or path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{path} cannot be written: {parent} is a file, not a folder")
+    return path
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a log.jsonl. Lines that are none, cut ones for example, are dropped."""
+    records = []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def write_atomically(path: Path, content: bytes):

@@ -114,8 +114,9 @@ def toy_split(split: str, n: int, seed: int = 0, either_way: bool = False) -> li
 
 # --- items of GSM8K and of pairs ------------------------------------------------------------------
 
-# digits with commas, decimals, or .5; a sign before or after a dollar sign
-NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+# 12, 1,200, 1.5 or .5; a sign before or after a dollar sign
+WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+NUMBER = rf"(?:[-+]?\$?|\$[-+])(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)"
 
 
 def to_target(answer: str) -> str:
@@ -353,12 +354,12 @@ def decode(tokens: list[int], enc: tiktoken.Encoding) -> str:
 
 def final_number(text: str) -> Decimal | None:
     """The number right after the last `####`: "$1,234.00" equals 1234, "18 eggs" 18. None where
-    there is none, or where the text goes on to another number: 3/4 is not 3, 1e3 not 1."""
+    there is none, or where the text goes on to another number: 3/4 is not 3, 3,4 not 34, 1e3 not 1."""
     _, marker, tail = text.rpartition("####")
     number = re.match(rf"\s*({NUMBER})", tail)
     if not marker or not number:
         return None
-    goes_on = re.sub(r"^[\s.,eE=^*/:×÷+-]+", "", tail[number.end() :])
+    goes_on = re.sub(r"^[\s.,eExX=^*/:×·÷⁄+−'_-]+", "", tail[number.end() :])
     if goes_on[:1].isnumeric():
         return None
     return Decimal(re.sub(r"[$,]", "", number[1]))

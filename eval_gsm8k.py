@@ -51,7 +51,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, path_of, pick_device, run_script, say, versions, write_json
+from common import (UserError, path_of, path_to_write, pick_device, run_script, say, versions,
+                    write_json)
 from data import TOY_SIZES, build_tokenizer, decode, encode, final_number, load_splits
 from model import MDM, load_checkpoint
 from sample import (ORDERS, Order, generate, need_trained_gates, parse_order, parse_orders,
@@ -494,7 +495,7 @@ def parse_args(argv):
                         help="coherent for a toy, else accuracy by default")
     parser.add_argument("--batch_size", type=whole_number, default=64)
     parser.add_argument("--data_dir", help="GSM8K's files, if not where training found them")
-    parser.add_argument("--json", type=path_of, default="out/eval.json", help="file of the results")
+    parser.add_argument("--json", type=path_to_write, default="out/eval.json", help="file of the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     args.orders = list(dict.fromkeys(parse_orders(args.orders)))
@@ -548,7 +549,7 @@ def run_evaluation(args) -> tuple[list[dict], list[dict], dict]:
     """Measure the rows that are not yet in args.json. The rows asked for, all rows of this
     evaluation, and its description."""
     device = pick_device(args.device)
-    paths = [path for path in [args.ckpt, *args.control.split(",")] if path]
+    paths = [args.ckpt, *[path for path in args.control.split(",") if path]]
     checkpoints = load_checkpoints(paths, device)
     state = checkpoints[0].state
     need_trained_gates(args.ckpt, state, args.orders)

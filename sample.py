@@ -213,7 +213,8 @@ class Order:
     def __str__(self):
         text = self.name
         if self.knob is not None:
-            text += f":{self.knob:g}"
+            short = f"{self.knob:g}"
+            text += f":{short if float(short) == self.knob else self.knob}"
         if self.eos_last:
             text += "+eos_last"
         return text
@@ -244,8 +245,9 @@ def parse_order(text: str) -> Order:
         raise UserError(f"the knob of order {text!r} is not a number") from None
     _, default, _ = ORDERS[name]
     takes_a_knob = default is not None or name == "learned"
-    if not takes_a_knob or not 0 <= knob <= 100:
-        raise UserError(f"order {text!r} has no knob, or not one of 0 to 100")
+    least = 0.01 if name == "dilated" else 0
+    if not takes_a_knob or not least <= knob <= 100:
+        raise UserError(f"order {text!r} has no knob, or not one of {least} to 100")
     return Order(name, knob, bool(eos_last))
 
 

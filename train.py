@@ -27,7 +27,6 @@ README.md says what the log's columns are, and what healthy looks like.
 
 import argparse
 import json
-import math
 import shlex
 import time
 import zlib
@@ -39,8 +38,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import (UserError, load_state, path_of, pick_device, process_rank, run_script, say,
-                    write_atomically)
+from common import (UserError, load_state, path_of, pick_device, process_rank, read_json_lines,
+                    run_script, say, write_atomically)
 from critic import Critic, critic_features, critic_terms
 from data import DATASETS, TOY_SIZES, build_tokenizer, encode, frequent_pieces, load_splits
 from eval_gsm8k import closing_table
@@ -99,22 +98,21 @@ class Config:
     eval_items: int = arg(256, "validation items of such a bound, and of the final table")
 
     def __post_init__(self):
-        # Numbers: a count is at least 1 unless it stands here, a rate at least 0.
-        least = {"K": 2, "seed": -(2**63), "n_pieces": 0}
+        # Numbers: a count is at least 1 and a rate at least 0, unless they stand here.
+        least = {"K": 2, "n_pieces": 0, "tau": 1e-3, "tau_end": 1e-3, "seed": -(2**63)}
+        most = {"seed": 2**63 - 1}
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and not least.get(f.name, 1) <= value < 2**63:
-                raise UserError(f"--{f.name} must be at least {least.get(f.name, 1)}")
-            if f.type is float and not 0 <= value < math.inf:
-                raise UserError(f"--{f.name} must be at least 0")
+            if f.type in (int, float):
+                low = least.get(f.name, 1 if f.type is int else 0)
+                high = most.get(f.name, 10**9 if f.type is int else 1e30)
+                if not low <= getattr(self, f.name) <= high:
+                    raise UserError(f"--{f.name} must be {low} to {high}")
 
         # Names, and what has to fit together.
         if self.dataset not in DATASETS or not set(self.stages.split(",")) <= set(STAGES):
             raise UserError(f"no such data set or stage: {self.dataset}, {self.stages}")
         if self.batch_size % self.chunks or self.batch_size_order % self.chunks:
             raise UserError(f"--chunks {self.chunks} must divide both batch sizes")
-        if self.tau == 0 or self.tau_end == 0:
-            raise UserError("--tau and --tau_end must be above 0")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"--dtype {self.dtype}: want auto, float32 or bfloat16")
         if self.n_embd % (2 * self.n_head):
@@ -166,7 +164,11 @@ def parse_config(argv=None) -> Config:
     # What was not typed: the preset's constants, or those of the stopped run.
     base = PRESETS[given.get("preset", "toy")]
     if given.get("resume"):
-        base = load_state(Path(given.get("out_dir", "out")) / "resume.pt")["train_config"]
+        out = Path(given.get("out_dir", "out"))
+        if out.is_dir() and not (out / "resume.pt").exists():
+            raise UserError(f"there is no {out / 'resume.pt'}: no run was stopped there after its "
+                            "first resume point")
+        base = load_state(out / "resume.pt")["train_config"]
         changed = sorted(set(given) - {"resume", "out_dir", "data_dir", "device"})
         if changed:
             raise UserError(f"--resume continues the same run: leave out --{', --'.join(changed)}")
@@ -229,10 +231,12 @@ def prepare(config: Config) -> Run:
                             "or take a --preset")
         encoded[name] = prompt, x0
 
-    # Parts of a batch are shared out evenly.
+    # Parts of a batch are shared out evenly, and none is empty.
     rank, world = process_rank()
     if config.chunks % world:
         raise UserError(f"--chunks {config.chunks} must be a multiple of {world} processes")
+    if config.chunks > len(encoded["train"][0]):
+        raise UserError(f"--chunks {config.chunks} is more than the training items that fit")
     return Run(config, device, pieces, splits["val"], encoded["train"], encoded["val"],
                rank=rank, world=world)
 
@@ -340,7 +344,7 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
         elbo = torch.cat(elbos).cpu().double()
         name = "val" if reported == 4 else f"val_{reported}"
         record[name] = elbo.mean().item()
-        if progress == 1:
+        if progress == 1 and len(elbo) > 1:
             record[name.replace("val", "val_se")] = (elbo.std() / len(elbo) ** 0.5).item()
     return record
 
@@ -353,8 +357,10 @@ def stages_of(config: Config) -> list[str]:
 
 
 def start_of(stage: str, config: Config) -> Path | None:
-    """The checkpoint that a stage starts from; None: random weights."""
-    if config.init and stage == stages_of(config)[0]:
+    """The checkpoint that a stage starts from; None: random weights. --init is a start for stage 1,
+    or, where that is not trained, for what usually starts from stage 1's checkpoint."""
+    trained_here = stage != "denoiser" and "denoiser" in stages_of(config)
+    if config.init and not trained_here:
         return Path(config.init)
     return None if stage == "denoiser" else Path(config.out_dir) / "denoiser.pt"
 
@@ -420,8 +426,8 @@ def train_step(stage: str, run: Run, networks: Networks, optimizers, step: int):
     set_rates(optimizers, rate_factor(stage, step, steps))
     grad = update(networks, optimizers)
     if not grad.isfinite():
-        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient; start anew "
-                        "with smaller learning rates")
+        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient: take "
+                        "smaller learning rates, and another --out_dir or none of its resume.pt")
 
     # What was read: each prompt once, each canvas in one state, or in 1 + K.
     states = 1 + run.config.K if stage == "order" else 1
@@ -560,9 +566,12 @@ def add_to_log(run: Run, record: dict):
     if run.rank > 0:
         return
 
-    # The file: whole, so that it is never cut in the middle of a line.
-    text = "".join(json.dumps(record) + "\n" for record in run.log)
-    write_atomically(Path(run.config.out_dir) / "log.jsonl", text.encode())
+    # The file: whole, so that it is never cut in the middle of a line. Before the first resume point
+    # it is still the log of the checkpoints that are there.
+    out = Path(run.config.out_dir)
+    if "val" in record or (out / "resume.pt").exists():
+        text = "".join(json.dumps(record) + "\n" for record in run.log)
+        write_atomically(out / "log.jsonl", text.encode())
 
     # The screen.
     words = []
@@ -572,16 +581,9 @@ def add_to_log(run: Run, record: dict):
 
 
 def read_log(path: Path, without: list[str]) -> list[dict]:
-    """The records that an earlier run has left of other stages. Lines that are none are dropped."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("stage") not in without:
-            records.append(record)
-    return records
+    """The records that an earlier run has left of other stages."""
+    records = read_json_lines(path) if path.is_file() else []
+    return [record for record in records if record.get("stage") not in without]
 
 
 def main(argv=None):
@@ -632,18 +634,19 @@ def main(argv=None):
         return
     (out / "resume.pt").unlink(missing_ok=True)
     if "order" in stages:
-        closing_table(out / "ckpt.pt", out / "denoiser.pt", run.val_items, limit=config.eval_items,
-                      device=run.device)
-    say(f"{(time.perf_counter() - start) / 60:.1f} minutes on {run.device}; {next_command(out)}")
+        closing_table(out / "ckpt.pt", start_of("order", config), run.val_items,
+                      limit=config.eval_items, device=run.device)
+    minutes = (time.perf_counter() - start) / 60
+    say(f"{minutes:.1f} minutes on {run.device}; {next_command(out, stages)}")
 
 
 def again(config: Config) -> str:
     return shlex.join(["python", "train.py", "--resume", "--out_dir", config.out_dir])
 
 
-def next_command(out: Path) -> str:
+def next_command(out: Path, stages: list[str]) -> str:
     """What to do with what was trained."""
-    if (out / "ckpt.pt").is_file():
+    if stages != ["denoiser"] and (out / "ckpt.pt").is_file():
         return "next: " + shlex.join(["python", "sample.py", "--steps", "4", "--ckpt",
                                       str(out / "ckpt.pt")])
     return "next: " + shlex.join(["python", "train.py", "--stages", "order", "--out_dir",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import (UserError, load_state, path_of, pick_device, process_rank, run_script,
-                    save_state, say, write_atomically, write_json)
+from common import (UserError, load_state, path_of, pick_device, process_rank, read_json_lines,
+                    run_script, save_state, say, write_atomically, write_json)
 
 ROOT = Path(__file__).parent.parent
 # Scripts of a folder of their own. The first says 2000 lines before it does its work.
@@ -129,6 +129,20 @@ def no_file_above(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_too_little_memory_is_one_line(error):
+    def main():
+        raise error
+    with pytest.raises(UserError, match="^out of memory: .*--chunks"):
+        run_script(main)
+
+
+def test_lines_that_are_no_objects_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe bad\n\n[3]\nnull\n{"step": 2}\n{"step"')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_one_alone(tmp_path):

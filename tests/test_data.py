@@ -341,7 +341,8 @@ def test_an_item_that_just_fits_is_kept():
     ("#### ٣", None), ("#### +-5", None),
     *[(f"#### {other}", None) for other in
       ("3/4", "3 / 4", "-3/4", "$3/4", "3 1/2", "3½", "3:4", "3-4", "3 + 4", "3*4", "3^2", "1e3",
-       "1E3", "1.2.3", "1 000", "1e+3", "3=3", "3\u00a0000", "3٣")]])
+       "1E3", "1.2.3", "1 000", "1e+3", "3=3", "3\u00a0000", "3٣", "3,4", "1,2345", "3x4", "3−4",
+       "3⁄4", "1_000", "1'000")]])
 def test_final_number(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
 

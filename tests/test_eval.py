@@ -594,7 +594,8 @@ def test_of_pairs_the_text_counts(straight, tmp_path, capfd, monkeypatch):
     (["--data_dir", "absent"], "absent"), (["--ckpt", "folder"], "is a folder"),
     *[(["--json", name], "holds no results of this script") for name in
       ("text", "list.json", "dict.json", "config.json", "old.json", "other.pt")],
-    (["--json", "text/x.json"], "text"), (["--json", "folder"], "is a folder")])
+    (["--json", "text/x.json"], "text"), (["--json", "folder"], "is a folder"),
+    (["--json", "."], "is a folder"), (["--ckpt", ""], "is a folder")])
 def test_bad_input_ends_in_one_line(straight, tmp_path, monkeypatch, capfd, argv, message):
     """Before anything is measured, and no file is touched."""
     monkeypatch.chdir(tmp_path)

@@ -209,6 +209,13 @@ def test_names_survive_being_printed(name):
             assert parse_order(f" {text} ") == order == parse_order(str(order))
 
 
+def test_two_knobs_have_two_names():
+    """Results are kept by these names."""
+    for knob in (0.4999999, 0.1234564, 1e-3, 20.0):
+        assert parse_order(str(Order("threshold", knob))).knob == knob
+    assert str(Order("threshold", 20.0)) == "threshold:20"
+
+
 def test_learned_without_a_knob_draws_and_is_never_tuned():
     """`learned` is the paper's: eval_gsm8k.py must not put learned:0.5 in its place."""
     assert ORDERS["learned"][1:] == (None, []) and parse_order("learned").knob is None
@@ -222,7 +229,7 @@ def test_learned_without_a_knob_draws_and_is_never_tuned():
     "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:3", "learned:.5:.5:.5",
     "learned:0.5:", "threshold:high", "threshold:1.2.3", "threshold:-",
     "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8",
-    "dilated:600", "threshold:-1"])
+    "dilated:600", "dilated:0", "threshold:-1"])
 def test_a_name_that_cannot_be_read_is_one_line(text):
     with pytest.raises(UserError, match="order") as told:
         parse_order(text)

@@ -251,6 +251,16 @@ def test_ctrl_c_before_there_is_a_resume_point_says_so(fast, tmp_path, monkeypat
         run_script(ctrl_c)
 
 
+def test_a_start_that_comes_to_nothing_leaves_the_log_of_what_is_there(
+        fast, straight, tmp_path, monkeypatch):
+    shutil.copytree(straight, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    at_update(3, ctrl_c, monkeypatch)
+    with pytest.raises(UserError, match="before the first resume point"):
+        train.main([*fast, "--seed", "5", "--out_dir", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_stopped_run_is_not_replaced_and_is_resumed_as_it_was(fast, tmp_path):
     """Whatever is refused leaves every file as it was."""
     argv = stop_at(15, fast, tmp_path / "out")
@@ -564,10 +574,12 @@ def test_another_seed_is_another_run(ready, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(*seen)) and seeds[0] != seeds[1]
 
 
-def test_only_the_first_stage_starts_from_init(fast):
+def test_init_stands_for_the_denoiser_unless_that_is_trained_here(fast):
     config = train.parse_config([*fast, "--init", "x.pt", "--stages", "denoiser,order"])
     assert train.start_of("denoiser", config) == Path("x.pt")
     assert train.start_of("order", config) == Path(config.out_dir) / "denoiser.pt"
+    config = train.parse_config([*fast, "--init", "x.pt", "--stages", "order,control"])
+    assert train.start_of("order", config) == train.start_of("control", config) == Path("x.pt")
 
 
 @pytest.mark.parametrize("stage", ["order", "control"])
@@ -823,11 +835,8 @@ def test_a_run_starts_from_any_checkpoint_of_equal_sizes(fast, straight, tmp_pat
     for name, value in theirs["model"].items():
         assert torch.equal(model.state_dict()[name], value), name
 
-    if stage == "order":
-        shutil.copytree(straight, tmp_path / "out")
-        train.main([*flags, "--stages", "order"])
-    else:
-        train.main(flags)
+    train.main(flags)  # into a new folder: the order's table needs no denoiser.pt there
+    if stage == "denoiser":
         train.main([*flags, "--init", "", "--stages", "order"])  # from its own denoiser.pt
     made = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert made["pieces"] == theirs["pieces"]
@@ -842,13 +851,16 @@ BAD = {
         ("--budgets 0", "--budgets 0: want numbers of steps, 1 to --answer_len 16"),
         ("--budgets 2,17", "--budgets 2,17"), ("--budgets 2,,4", "--budgets"),
         ("--budgets=", "--budgets"), ("--budgets four", "--budgets four"),
-        ("--K two", "invalid int"), ("--K 1", "--K must be at least 2"), ("--tau nan", "--tau"),
+        ("--K two", "invalid int"), ("--K 1", "--K must be 2 to"), ("--tau nan", "--tau"),
         ("--n_embd 30", "--n_embd 30 must be a multiple"), ("--tau 0", "--tau"),
-        ("--tau_end 0", "--tau_end"), ("--lr_other inf", "--lr_other"), ("--lr_other 1e38", "NaN"),
-        ("--chunks 0", "--chunks must be at least 1"), ("--preset big", "invalid choice"),
+        ("--tau_end 0", "--tau_end"), ("--lr_other inf", "--lr_other"), ("--lr_other 1e30", "NaN"),
+        ("--tau 1e-40", "--tau must be 0.001 to"), ("--K 9000000000000", "--K must be 2 to"),
+        ("--lr_matrix 1e308", "--lr_matrix"), ("--chunks 0", "--chunks must be 1 to"),
+        ("--chunks 64 --batch_size 64 --batch_size_order 64", "more than the training items"), ("--preset big", "invalid choice"),
         ("--dataset mnist", "no such data set"), ("--stages first", "no such data set or stage"),
         ("--device tpu", "no device 'tpu' here"), ("--dtype float16", "--dtype"),
         ("--stages order", "denoiser.pt not found"), ("--resume", "resume.pt not found"),
+        ("--resume --out_dir empty", "no run was stopped there"),
         ("--resume --out_dir folder", "not a checkpoint"), ("--out_dir text/x", "Not a directory"),
         ("--resume --out_dir other", "is no resume point"),
         ("--answer_len 4 --budgets 2", "most train items do not fit"),
@@ -881,7 +893,7 @@ CASES = [(train, *case) for case in BAD[train]] + [(sample, *case) for case in B
 def test_bad_input_ends_in_one_line(fast, straight, tmp_path, monkeypatch, capfd, script, argv,
                                     message):
     monkeypatch.chdir(tmp_path)
-    for name in ("folder", "other"):
+    for name in ("folder", "other", "empty"):
         os.mkdir(name)
     for name in ("text", "folder/resume.pt"):
         Path(name).write_text("hello")

@@ -427,7 +427,8 @@ def test_a_row_without_rules_is_shown_and_not_written(toy_runs, tmp_path, capsys
     ("--runs nolog_1", "log.jsonl"), ("--runs cut_1", "no end of an order stage"),
     ("--steps 2,3", "must have 4"), ("--steps 4,x", "whole number"), ("--steps 4,61", "60 tokens"),
     ("--limit 0", "whole number"), ("--split train", "invalid choice"),
-    ("--json text", "no results of this tool"), ("--json .", "no results of this tool"),
+    ("--json text", "no results of this tool"), ("--json .", "is a folder"),
+    ("--json text/x.json", "text is a file"),
     ("--limit 7", "made with")])
 def test_seeds_refuses_at_the_start(argv, message, seeds_table, toy_runs, straight, tmp_path,
                                     monkeypatch, capfd):
@@ -453,6 +454,7 @@ def test_seeds_refuses_at_the_start(argv, message, seeds_table, toy_runs, straig
     ("seeds none.json", "cannot read"), ("seeds log.jsonl", "cannot read"),
     ("seeds eval.json", "cannot read"), ("seeds norows.json", "no runs"),
     ("log one=none.jsonl", "cannot read"), ("log one=eval.json", "no bound"),
+    ("log log.jsonl", "want LABEL=FILE"), ("curve log.jsonl --out log.jsonl/c.png", "is a file"),
     ("curve", "required"), ("curve log.jsonl --out c.jpgx", "--out c.jpgx"),
     ("gif --out c.png", "--out c.png"), ("curve log.jsonl --out folder.png", "is a folder"),
     ("order log.jsonl --steps L", "whole number"), ("gif --steps 0", "whole number"),
@@ -478,6 +480,14 @@ def test_bench_refuses_at_the_start(words, message, capfd, monkeypatch):
     monkeypatch.setattr(bench, "bench", None)
     status, _, err = outcome(bench, words.split(), capfd)
     assert status != 0 and message in err and err.count("\n") == 1
+
+
+def test_answers_are_not_drawn_with_another_run_s_tokenizer(evaluated, straight, tmp_path):
+    state = torch.load(straight / "ckpt.pt")
+    torch.save({**state, "seed": 9}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is of other checkpoints than"):
+        plot.main(["order", str(evaluated), "--ckpt", str(tmp_path / "ckpt.pt"), "--out",
+                   str(tmp_path / "a.png")])
 
 
 def test_an_order_that_was_not_evaluated_is_one_line(evaluated, straight, tmp_path):

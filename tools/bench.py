@@ -33,7 +33,7 @@ from statistics import median
 import torch
 
 import train
-from common import UserError, path_of, pick_device, run_script, say, versions, write_json
+from common import path_to_write, pick_device, run_script, say, versions, write_json
 from critic import Critic
 from model import MDM, save_checkpoint, trim
 from posterior import OrderPosterior
@@ -205,6 +205,8 @@ def clock(job, device) -> float:
     job()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - start
 
 
@@ -313,7 +315,7 @@ def main(argv=None):
     parser.add_argument("--tflops", type=float,
                         help="measure nothing: hours at this rate, 10^12 operations a second")
     parser.add_argument("--compile", action="store_true", help="torch.compile in training")
-    parser.add_argument("--json", type=path_of, default="out/bench.json", help="file to write")
+    parser.add_argument("--json", type=path_to_write, default="out/bench.json", help="file to write")
     args, rest = parser.parse_known_args(argv)
     config = train.parse_config(rest)
     toy = config.dataset.startswith("toy")
@@ -327,8 +329,6 @@ def main(argv=None):
         parser.error(f"--sample: {e}")
     if args.tflops is not None and not 0 < args.tflops < math.inf:
         parser.error(f"--tflops {args.tflops}: want a number above 0")
-    if args.json.is_dir():
-        raise UserError(f"--json {args.json} is a folder: name a file")
     with tempfile.TemporaryDirectory() as folder:
         result = bench(make_run(replace(config, out_dir=folder)), args)
     write_json(args.json, result)

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from common import UserError, path_of, run_script
+from common import UserError, path_of, path_to_write, read_json_lines, run_script
 from data import TOY_SIZES, build_tokenizer, encode, load_splits
 from eval_gsm8k import belongs, best_rules, read_results
 from model import load_checkpoint
@@ -41,15 +42,6 @@ COLUMNS = 30  # of a canvas
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-def read_lines(path: str) -> list[dict]:
-    """The objects of a JSON-lines file."""
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
-    return [line for line in lines if isinstance(line, dict)]
-
 
 def rows_of(path: str) -> tuple[dict, list[dict]]:
     """What the last evaluation of a results file was of, and its rows."""
@@ -170,11 +162,17 @@ def log(args):
     axes = figure.subplots()
     lows = []
     for i, group in enumerate(args.files):
-        label, _, paths = group.partition("=")
+        label, equals, paths = group.partition("=")
+        if not equals:
+            raise UserError(f"{group}: want LABEL=FILE,FILE")
         color = COLORS[i % len(COLORS)]
         values = defaultdict(list)
         for path in paths.split(","):
-            records = [record for record in read_lines(path)
+            try:
+                lines = read_json_lines(path)
+            except OSError as e:
+                raise UserError(f"cannot read {path}: {e}") from e
+            records = [record for record in lines
                        if record.get("stage") == "order" and {"step", "elbo"} <= set(record)]
             if not records:
                 raise UserError(f"{path} has no bound of the order stage; want LABEL=FILE,FILE")
@@ -231,7 +229,9 @@ def draw_canvas(axes, tokens, reveal_step, t: int, last: int, enc):
 
 def order(args):
     enc = build_tokenizer(load_checkpoint(args.ckpt)[1]["pieces"])
-    _, rows = rows_of(args.file)
+    meta, rows = rows_of(args.file)
+    if zlib.crc32(path_of(args.ckpt).read_bytes()) not in meta["checkpoints"].values():
+        raise UserError(f"{args.file} is of other checkpoints than {args.ckpt}: give --ckpt")
 
     # Of each rule its best variant at this budget, on the same item.
     best = {}
@@ -292,13 +292,11 @@ def gif(args):
 
 # --- the script -----------------------------------------------------------------------------------
 
-def check_out(path: Path, kinds: set):
-    """Before anything runs: can a file of this name be written?"""
+def check_kind(path: Path, kinds: set):
+    """Before anything runs: is there such a kind of file?"""
     kind = path.suffix[1:].lower()
     if kind not in kinds:
         raise UserError(f"--out {path}: want a name that ends in .{', .'.join(sorted(kinds))}")
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder")
 
 
 def main(argv=None):
@@ -323,12 +321,12 @@ def main(argv=None):
     for name, command in commands.choices.items():
         if name in ("order", "gif"):
             command.add_argument("--item", type=int, default=0, help="which answer")
-        command.add_argument("--out", type=path_of, help="out/NAME.png or .gif by default")
+        command.add_argument("--out", type=path_to_write, help="out/NAME.png or .gif by default")
     args = parser.parse_args(argv)
 
     args.out = args.out or Path(f"out/{args.name}.{'gif' if args.draw is gif else 'png'}")
     kinds = {"gif"} if args.draw is gif else set(Figure().canvas.get_supported_filetypes())
-    check_out(args.out, kinds)
+    check_kind(args.out, kinds)
     args.draw(args)
 
 

@@ -38,7 +38,8 @@ from statistics import median
 from tqdm import tqdm
 
 import eval_gsm8k
-from common import UserError, load_state, path_of, run_script, say, versions, write_json
+from common import (UserError, load_state, path_of, path_to_write, read_json_lines, run_script, say,
+                    versions, write_json)
 from data import build_tokenizer
 from eval_gsm8k import best_rules, load_items, locked, pairs_that_meet, run_evaluation
 from model import load_checkpoint
@@ -55,10 +56,10 @@ RULES = ("first_order", "iid", "confidence", "margin", "left_to_right", "dilated
 def order_records(out: Path) -> list[dict]:
     """The order stage's lines of a run's log."""
     try:
-        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return [record for record in records if record["stage"] == "order"]
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        records = read_json_lines(out / "log.jsonl")
+    except OSError as e:
         raise UserError(f"cannot read {out / 'log.jsonl'}: {e}") from e
+    return [record for record in records if record.get("stage") == "order"]
 
 
 def check_run(out: Path, budgets: list[int]):
@@ -222,7 +223,7 @@ def parse_args(argv):
     parser.add_argument("--tune_items", type=whole_number, default=32,
                         help="validation items to tune on")
     parser.add_argument("--steps", default="2,3,4,6,8,16", help="budgets, 4 among them")
-    parser.add_argument("--json", type=path_of, default="assets/toy_seeds.json")
+    parser.add_argument("--json", type=path_to_write, default="assets/toy_seeds.json")
     parser.add_argument("--learned_only", action="store_true",
                         help="show what needs no rule, and write nothing")
     args = parser.parse_args(argv)
