@@ -23,8 +23,9 @@ nats      mean log p(true answer) of the sampler that takes this order and draws
 
 Columns: steps, forward passes while a row was unfinished (mean, least - most); 95 %, the interval
 of the score over items (Wilson; of nats 1.96 standard errors); true, the share of the generated
-<<a=b>> that are; p, of the learned order against the best rule with no more mean steps, paired over
-items (McNemar, exact; with nats of accuracy). That rule is picked on test, which favours it.
+<<a=b>> that are. A learned order is compared with the best rule of no more mean steps, paired over
+items: p of the sign test (McNemar, exact), or with nats the mean difference and 1.96 of its
+standard errors. That rule is picked on test, which favours it.
 
 Each row is added to --json as soon as it is done, with what it depends on: the checkpoint's bytes,
 the items, those it was tuned on, the metric. So the same command goes on with the rows that are
@@ -172,7 +173,8 @@ def evaluate(model: MDM, enc, items: list[dict], order: Order, cap: int, metric:
         steps += out.steps.tolist()
         shown += zip(answers, out.reveal_step.tolist())
         if metric == "nats":
-            nats += generate(model, prompt, cap, order, seeds=rows, x0=x0).log_p.tolist()
+            log_p = generate(model, prompt, cap, order, seeds=rows, x0=x0).log_p
+            nats += [round(value, 4) for value in log_p.tolist()]
 
     # Shares are of all items, also of those that do not fit.
     total = {name: sum(verdict[name] for verdict in verdicts) for name in verdicts[0]}
@@ -185,7 +187,7 @@ def evaluate(model: MDM, enc, items: list[dict], order: Order, cap: int, metric:
         half = 1.96 * np.std(nats).item() / len(nats) ** 0.5
         interval = score - half, score + half
     return {"order": str(order), "cap": cap, "n": len(items), "fit": len(steps), **share,
-            "score": score, "ci95": interval,
+            "nats": nats, "score": score, "ci95": interval,
             "true_equations": total["n_true"] / max(total["n_equations"], 1),
             "steps": [np.mean(steps).item(), min(steps), max(steps)],
             "right": [verdict[judged_by] for verdict in verdicts], "shown": shown[:5],
@@ -251,10 +253,19 @@ def table(rows: list[dict], metric: str, rivals=()) -> str:
                 f"{100 * row['no_number']:>11.1f}{100 * row['true_equations']:>7.1f}")
         rival = rival_of(row, rivals) if is_learned(row) else None
         if rival:
-            p = mcnemar(np.array(row["right"]), np.array(rival["right"]))
-            line += f"   p {p:.1e} against {rival['order']} ({rival['checkpoint']})"
+            line += f"   {against(row, rival, metric)} {rival['order']} ({rival['checkpoint']})"
         lines.append(line)
     return "\n".join(lines)
+
+
+def against(row: dict, rival: dict, metric: str) -> str:
+    """How a row compares with another of the same items, in words."""
+    if metric == "nats":
+        difference = np.array(row["nats"]) - np.array(rival["nats"])
+        half = 1.96 * np.std(difference) / len(difference) ** 0.5
+        return f"{np.mean(difference):+.2f} ± {half:.2f} nats against"
+    p = mcnemar(np.array(row["right"]), np.array(rival["right"]))
+    return f"p {p:.1e} against"
 
 
 # --- do exchangeable operands meet? ---------------------------------------------------------------

@@ -507,6 +507,13 @@ def test_p_is_of_both_rows():
     assert "p 7.8e-03 against iid (c)" in eval_gsm8k.table([ours], "accuracy", [rule])
 
 
+def test_nats_are_compared_item_by_item():
+    """Items differ by 50 nats, and all the same one order is ahead for certain."""
+    ours = {"nats": [-1.0, -51.0, -20.5, -30.5]}
+    rule = {"nats": [-2.0, -53.0, -21.5, -32.5]}  # 1, 2, 1, 2 behind: 1.5, standard error 0.25
+    assert eval_gsm8k.against(ours, rule, "nats") == "+1.50 ± 0.49 nats against"
+
+
 def test_a_row_and_its_knobs_are_of_its_own_checkpoint(straight, tmp_path, monkeypatch):
     """Of two checkpoints, the rows of each are measured and tuned on one network alone."""
     used = []
