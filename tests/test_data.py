@@ -328,6 +328,13 @@ def test_an_item_that_just_fits_is_kept():
         assert decode([*b"#### 2", end, *b"3", eos], enc) == "#### 2"
 
 
+def test_pieces_are_the_most_frequent_of_the_training_text_that_have_two_bytes():
+    """Of equals the first in the alphabet: the same text gives the same tokenizer."""
+    items = [{"question": "cup cup cup fig", "target": "9 9 9 9"}]
+    assert data.frequent_pieces(items, 9) == [" 9", " cup", " fig", "cup"]
+    assert data.frequent_pieces(items, 1) == [" 9"] and data.frequent_pieces(items, 0) == []
+
+
 # --- the final number -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, number", [

@@ -118,6 +118,13 @@ def test_a_rule_is_taken_on_its_best_denoiser_and_a_learned_order_met_by_the_bes
     assert rival_of(learned, [learned, slower]) is None
 
 
+def test_of_equal_denoisers_the_first_stands_for_a_rule():
+    """The file that was named first: a tie is not news about the control."""
+    rows = [{"budget": 4, "asked": "iid", "score": 0.5, "checkpoint": name}
+            for name in ("ckpt", "control")]
+    assert best_rules(rows) == rows[:1] and best_rules(rows[::-1]) == rows[1:]
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -173,6 +180,22 @@ def test_no_item_that_fits_is_one_line(parts):
     model, enc, items = parts
     with pytest.raises(UserError, match="none of 1 items fits"):
         evaluate(model, enc, items[-1:], parse_order("iid"), 3, "accuracy", "gsm8k")
+
+
+def test_the_interval_of_a_share_is_of_all_items_those_that_do_not_fit_too(parts):
+    row = evaluate(*parts, parse_order("iid"), 1, "accuracy", "gsm8k")
+    assert row["fit"] < row["n"] == 9 and row["ci95"] == wilson(row["score"], 9)
+
+
+def test_where_nats_are_the_score_right_means_accurate(parts, monkeypatch):
+    """An answer whose number is right and whose equation is false."""
+    model, enc, _ = parts
+    item = {"question": "Jo has 1 pens.", "answer": "", "target": "<<1+1=2>> #### 2"}
+    _, written, _ = encode([{**item, "target": "<<1+1=3>> #### 2"}], enc, 24, 16)
+    done = Generation(written, torch.ones(1), written, torch.zeros(1))
+    monkeypatch.setattr(eval_gsm8k, "generate", lambda *_, **__: done)
+    row = evaluate(model, enc, [item], parse_order("iid"), 2, "nats", "gsm8k")
+    assert row["right"] == [True] and (row["accuracy"], row["coherent"]) == (1, 0)
 
 
 # --- tuning ---------------------------------------------------------------------------------------
@@ -313,6 +336,27 @@ def test_the_closing_table_of_other_data_has_no_pairs(straight, fast, capsys):
     found = closing_table(straight / "ckpt.pt", straight / "denoiser.pt", items, steps=2)
     assert found["coherent"] == found["meet"] == {} and found["rows"][0]["cap"] == 2
     assert "exchangeable" not in capsys.readouterr().out
+
+
+def test_the_closing_table_measures_each_order_on_the_network_it_names(toy_run, monkeypatch):
+    def load(path, device):
+        model, state = load_checkpoint(path, device)
+        model.name = path.stem
+        return model, state
+
+    monkeypatch.setattr(eval_gsm8k, "load_checkpoint", load)
+    monkeypatch.setattr(eval_gsm8k, "evaluate", lambda model, *rest:
+                        evaluate(model, *rest) | {"network": model.name})
+    found = closing_table(toy_run / "ckpt.pt", toy_run / "denoiser.pt", TOY, limit=1)
+    assert {row["network"] for row in found["rows"]} == {"ckpt", "denoiser"}
+    assert all(row["network"] == row["checkpoint"] for row in found["rows"])
+
+
+def test_pairs_of_the_closing_table_meet_in_as_many_steps_as_stand_above(toy_run, monkeypatch):
+    monkeypatch.setattr(eval_gsm8k, "pairs_that_meet",
+                        lambda model, enc, items, steps: steps / 100)
+    found = closing_table(toy_run / "ckpt.pt", toy_run / "denoiser.pt", TOY, limit=1)
+    assert found["meet"] == pytest.approx({steps: steps for steps in (2, 3, 4, 6, 8, 16)})
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -633,3 +677,18 @@ def test_several_controls_and_two_checkpoints_of_one_name(straight, tmp_path, ca
     names = [(row["asked"], row["checkpoint"]) for row in read_results(path)["rows"]]
     assert names == [("iid", "ckpt"), ("iid", "denoiser"), ("iid", "ckpt_3"),
                      ("learned:0.5", "ckpt")]
+
+
+def test_a_rival_may_be_a_row_that_was_measured_before(evaluated, straight, tmp_path, capfd):
+    """A learned order alone is asked for; the file has rules of the same evaluation."""
+    path = tmp_path / "eval.json"
+    path.write_text(evaluated[2])
+    argv = [*flags(straight, path), "--orders", "learned:0.5"]
+    assert outcome(eval_gsm8k, argv, capfd)[1].count("against") == 2
+
+
+def test_items_are_told_apart_by_their_targets_too():
+    assert eval_gsm8k.crc_of(TOY) == eval_gsm8k.crc_of([dict(item) for item in TOY])
+    for name in ("question", "target"):
+        other = [TOY[0], {**TOY[1], name: "x"}, TOY[2]]
+        assert eval_gsm8k.crc_of(other) != eval_gsm8k.crc_of(TOY)

@@ -196,6 +196,17 @@ def test_answers_of_one_prompt_stand_together():
     assert torch.allclose(model(second, z[3:]), rows[3:], atol=1e-5)
 
 
+def test_an_answer_teaches_how_its_prompt_is_read():
+    """The cache of a prompt is no constant: each of its tokens and positions has a gradient."""
+    model = small_model()
+    h = hidden(model, PROMPT, torch.tensor([[11, 5, 11, 7, 10]]))
+    trunk = model.trunk
+    tokens, positions = torch.autograd.grad((h * torch.randn_like(h)).sum(),
+                                            (trunk.token.weight, trunk.position.weight))
+    assert tokens[PROMPT[0]].any(-1).all() and positions[:3].any(-1).all()
+    assert not tokens[4].any() and not positions[3:6].any()  # nobody has read these
+
+
 # --- the heads ------------------------------------------------------------------------------------
 
 def test_the_token_head_is_a_linear_map_of_the_hidden_state():
@@ -282,6 +293,24 @@ def test_gates_start_roughly_left_to_right_with_neighbours_apart():
     for distance in (1, 2):
         assert (start[:, distance:] - start[:, :-distance]).abs().min() > 3
     assert torch.allclose(start[:, :-50] - start[:, 50:], torch.tensor(10 * 50 / 200), atol=1e-3)
+
+
+def test_gates_teach_the_network_that_they_look_at():
+    model = small_model()
+    h = torch.randn(1, 5, 16, requires_grad=True)
+    masked = torch.ones(1, 5, dtype=torch.bool)
+    logits = model.gate_logits(h, masked, torch.tensor([[2]]))
+    slope, = torch.autograd.grad((logits * torch.randn(5)).sum(), h)
+    assert slope.any(-1).all()
+
+
+def test_log_p_is_made_in_float32_under_bfloat16_autocast():
+    """In bfloat16 the probabilities would not sum to 1, nor nats be comparable."""
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        log_p = model.log_p(torch.randn(2, 5, 16))
+    assert log_p.dtype == torch.float32
+    assert torch.allclose(log_p.exp().sum(-1), torch.ones(2, 5), atol=1e-5)
 
 
 # --- stage 1's bound ------------------------------------------------------------------------------

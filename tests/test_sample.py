@@ -7,6 +7,7 @@ The definitions share nothing with sample.py: lists and floats instead of tensor
 import argparse
 import io
 import itertools
+import json
 import math
 import random
 import re
@@ -23,7 +24,7 @@ from test_model import hidden, small_model
 import sample
 import tables
 from common import UserError
-from data import build_tokenizer
+from data import build_tokenizer, decode
 from model import load_checkpoint
 from sample import (ORDERS, Order, State, generate, parse_order, parse_steps, render,
                     sample_categorical, whole_number)
@@ -429,6 +430,16 @@ def test_a_low_temperature_approaches_the_likeliest():
     assert torch.equal(cold, greedy) and not torch.equal(warm, greedy)
 
 
+def test_more_steps_than_positions_are_as_many_as_positions():
+    """Also to the gates, which are told how many are left."""
+    model = model_of(6)
+    prompt = torch.randint(9, (8, 4), generator=torch.Generator().manual_seed(0))
+    for order in ("learned:0.5", "learned"):
+        enough, more = (generate(model, prompt, steps, order) for steps in (6, 7))
+        assert torch.equal(enough.reveal_step, more.reveal_step)
+        assert torch.equal(enough.tokens, more.tokens)
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -528,3 +539,15 @@ def test_numbers_of_steps_and_samples():
     for text in ("0", "-1", "1.5", "", "L", "1e3", "٣x", "9" * 12):
         with pytest.raises(argparse.ArgumentTypeError):
             whole_number(text)
+
+
+def test_a_question_is_shown_above_the_answers_to_its_own_prompt(ckpt, tmp_path):
+    """The first item does not fit, and --data_dir goes before the folder that was trained on."""
+    rows = [{"question": question, "answer": "#### 1"} for question in ("long " * 99, "Jo has 1.")]
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model, state = load_checkpoint(ckpt[1])
+    enc = build_tokenizer(state["pieces"])
+    args = sample.parse_args([*ckpt, "--data_dir", str(tmp_path)])
+    [item], prompt = sample.items_to_show(args, state["train_config"], enc, model.config)
+    assert item["question"] == decode(prompt[0].tolist(), enc) == "Jo has 1."

@@ -3,6 +3,7 @@ input. And that training trains: what a step, a stage and a validation do, by ha
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -684,6 +686,33 @@ def test_every_step_and_part_and_stage_has_draws_of_its_own(ready, monkeypatch):
 def test_what_the_critic_explains_is_the_share_that_it_takes_off():
     record = train.means_of(["elbo", "critic_loss", "reward_spread"], [-5.0, 3.0, 4.0])
     assert record == {"elbo": -5.0, "explained": 0.25}
+
+
+def test_a_prompt_is_read_once_and_a_canvas_in_each_of_its_states(ready):
+    """What ktok/s counts."""
+    for stage, states in (("denoiser", 1), ("order", 1 + ready.config.K), ("control", 1)):
+        networks, optimizers = train.build_stage(stage, ready)
+        prompt, x0 = train.batch_at(ready, stage, 0, train.stage_size(stage, ready.config)[1])
+        *_, read = train.train_step(stage, ready, networks, optimizers, 0)
+        assert read == prompt.numel() + states * x0.numel()
+
+
+def test_a_line_s_seconds_are_those_since_the_line_before(ready, tmp_path, monkeypatch):
+    """Without those of validation. A clock that is a second later each time it is read."""
+    clock = types.SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "validate", lambda *_: clock.perf_counter() and {})
+    ready.config = replace(ready.config, out_dir=str(tmp_path))
+    train.train_stage("denoiser", ready, None)
+    assert [record["seconds"] for record in ready.log] == [1] * 4
+
+
+def test_the_tokenizer_is_made_from_training_texts_alone(fast, tmp_path):
+    for name, thing in (("train", "pens"), ("val", "cups"), ("test", "figs")):
+        row = {"question": f"Jo has 1 {thing}.", "answer": "#### 1"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    pieces = train.prepare(train.parse_config(with_data(fast, tmp_path))).pieces
+    assert " pens" in pieces and not {" cups", " figs"} & set(pieces)
 
 
 # --- validation -----------------------------------------------------------------------------------

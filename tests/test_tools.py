@@ -1,6 +1,7 @@
 """The tools: what bench measures is what it says, every figure is drawn, a table of runs is of what
 it says, and bad flags are told at the start."""
 
+import itertools
 import json
 import math
 import sys
@@ -417,6 +418,33 @@ def test_a_row_without_rules_is_shown_and_not_written(toy_runs, tmp_path, capsys
                 "--json", str(tmp_path / "none.json"), "--learned_only"])
     assert set(asked) == {"learned:0.5", "learned"} and not (tmp_path / "none.json").exists()
     assert "pairs that meet" in capsys.readouterr().out
+
+
+def test_pairs_that_meet_are_of_the_items_that_are_reported_on(toy_runs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(seeds, "pairs_that_meet",
+                        lambda model, enc, items, *rest: seen.append(items) or 0.0)
+    args = seeds.parse_args(["--limit", "3", "--tune_items", "2", "--steps", "2,4"])
+    seeds.pairs_by_steps(toy_runs / "out_3", args)
+    assert seen == [toy_split("test", 3)] * 2
+
+
+def test_one_token_a_step_is_of_the_denoiser_that_is_best_at_the_longest_budget(
+        toy_runs, monkeypatch):
+    """Here ckpt is best in 2 steps, denoiser in 4 and with one token a step."""
+    def made_up(args):
+        rows = []
+        for order, path in itertools.product(args.orders, [args.ckpt, *args.control.split(",")]):
+            for budget in args.steps if path else ():
+                score = 0.75 if path.endswith("ckpt.pt") == (budget == 2) else 0.25
+                rows.append({"asked": str(order), "budget": budget, "score": score,
+                             "checkpoint": Path(path).stem, "coherent": score,
+                             "accuracy": 0.9, "steps": [1.5, 1, 2]})
+        return rows, rows, {}
+
+    monkeypatch.setattr(seeds, "run_evaluation", made_up)
+    args = seeds.parse_args(["--steps", "2,4", "--limit", "3"])
+    assert seeds.row_of(toy_runs / "out_3", args)["sequential"] == 75
 
 
 # --- bad flags ------------------------------------------------------------------------------------
