@@ -79,18 +79,15 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     log_f = F.logsigmoid(((scores - nth) / tau).masked_fill(settled, 0.0))
     certain = log_e == 0                                 # the best position, and settled gates
 
-    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1. Where a gate is
-    # certain log(1 - e) is wrong, and the result is not used.
+    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1.
     log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f).clamp(max=0)
     return log_q.masked_fill(certain, 0.0)
 
 
 def log_one_minus(log_q):
-    """log(1 - q) from log q, with 0 in place of -inf where q = 1.
+    """log(1 - q) from log q, with 0 in place of -inf where q = 1: such a gate never stays closed.
 
-    There the gate cannot stay closed, so no caller uses the value: step_kl multiplies it by 0, the
-    others take another one. But 0 * inf would be nan. The -1 goes in before the log, for otherwise
-    its gradient would be nan.
+    The -1 that stands in before the log keeps its gradient from being nan.
     """
     certain = log_q == 0
     below_0 = log_q.masked_fill(certain, -1.0)
@@ -163,7 +160,7 @@ def leave_one_out(value):
 def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     """The random draws of one training step: reveal_step (B, K, L), and t (B,) in 2..T.
 
-    [NEW] t is stratified: T - 1 examples in a row get each of 2..T once, from a random start on.
+    [NEW] t is stratified: the examples take 2..T in turn, from a random start on.
     """
     reveal_step = sample_orders(scores, K, T, tau, generator)
     later_steps = max(T - 1, 1)                        # T = 1 has none, and gives it weight 0
@@ -211,7 +208,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
 
     # Eq. 7. The gradient of L_t takes the state as given. What it misses is q's gradient through
     # the gates that led to the state. That is the gradient of the surrogate, whose value means
-    # nothing: the advantage is only a weight in it.
+    # nothing: the advantage is only a weight in it. The reward is L_t, with the KL as q feels it.
     reward = (reconstruction - kl_weight * kl)[:, 1:].detach()                        # (B, K)
     advantage = leave_one_out(reward - foretold)
     log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)

@@ -30,7 +30,7 @@ import posterior
 import sample
 import train
 from common import UserError, run_script
-from data import build_tokenizer
+from data import build_tokenizer, toy_split
 from model import denoiser_elbo, load_checkpoint
 
 CHECKPOINTS = set(train.STAGES.values())
@@ -847,6 +847,17 @@ def test_a_denoiser_of_another_seed_and_rate_is_taken(fast, straight, tmp_path):
     assert contents(tmp_path)["denoiser.pt"] == contents(straight)["denoiser.pt"]
     assert weights(tmp_path / "ckpt.pt")["gate_head.steps_bias"].shape == (5,)
     assert "val_8" in log(tmp_path)[0]  # a budget that it was not trained for
+
+
+def test_the_toys_order_is_trained_with_another_seed_too(tmp_path):
+    """Its training texts are others then, and so would be the tokenizer."""
+    flags = ["--out_dir", str(tmp_path), "--train_items", "200", "--n_embd", "16", "--n_head", "2",
+             "--max_steps_denoiser", "1", "--eval_items", "1"]
+    train.main([*flags, "--stages", "denoiser"])
+    config = train.parse_config([*flags, "--stages", "order", "--seed", "1"])
+    run = train.prepare(config)
+    assert run.pieces != train.frequent_pieces(toy_split("train", 200, 1), config.n_pieces)
+    train.load_denoiser(tmp_path / "denoiser.pt", run)
 
 
 @pytest.mark.parametrize("stage", ["denoiser", "order"])
