@@ -354,7 +354,7 @@ def decode(tokens: list[int], enc: tiktoken.Encoding) -> str:
 
 def final_number(text: str) -> Decimal | None:
     """The number right after the last `####`: "$1,234.00" equals 1234, "18 eggs" 18. None where
-    there is none, or where the text goes on to another number: 3/4 is not 3, 3,4 not 34, 1e3 not 1."""
+    there is none, or where the text goes on to another number: 3/4 is not 3, nor is 3,4 34."""
     _, marker, tail = text.rpartition("####")
     number = re.match(rf"\s*({NUMBER})", tail)
     if not marker or not number:

@@ -506,7 +506,8 @@ def parse_args(argv):
                         help="coherent for a toy, else accuracy by default")
     parser.add_argument("--batch_size", type=whole_number, default=64)
     parser.add_argument("--data_dir", help="GSM8K's files, if not where training found them")
-    parser.add_argument("--json", type=path_to_write, default="out/eval.json", help="file of the results")
+    parser.add_argument("--json", type=path_to_write, default="out/eval.json",
+                        help="file of the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     args.orders = list(dict.fromkeys(parse_orders(args.orders)))

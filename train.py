@@ -569,8 +569,8 @@ def add_to_log(run: Run, record: dict):
     if run.rank > 0:
         return
 
-    # The file: whole, so that it is never cut in the middle of a line. Before the first resume point
-    # it is still the log of the checkpoints that are there.
+    # The file: whole, so that it is never cut in the middle of a line. Before the first resume
+    # point it is still the log of the checkpoints that are there.
     out = Path(run.config.out_dir)
     if "val" in record or (out / "resume.pt").exists():
         text = "".join(json.dumps(record) + "\n" for record in run.log)

@@ -315,7 +315,8 @@ def main(argv=None):
     parser.add_argument("--tflops", type=float,
                         help="measure nothing: hours at this rate, 10^12 operations a second")
     parser.add_argument("--compile", action="store_true", help="torch.compile in training")
-    parser.add_argument("--json", type=path_to_write, default="out/bench.json", help="file to write")
+    parser.add_argument("--json", type=path_to_write, default="out/bench.json",
+                        help="file to write")
     args, rest = parser.parse_known_args(argv)
     config = train.parse_config(rest)
     toy = config.dataset.startswith("toy")
