@@ -213,8 +213,10 @@ class Order:
     def __str__(self):
         text = self.name
         if self.knob is not None:
-            short = f"{self.knob:g}"
-            text += f":{short if float(short) == self.knob else self.knob}"
+            knob = f"{self.knob:g}"
+            if float(knob) != self.knob:  # :g has six digits, and results are kept by this name
+                knob = str(self.knob)
+            text += f":{knob}"
         if self.eos_last:
             text += "+eos_last"
         return text

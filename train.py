@@ -429,8 +429,8 @@ def train_step(stage: str, run: Run, networks: Networks, optimizers, step: int):
     set_rates(optimizers, rate_factor(stage, step, steps))
     grad = update(networks, optimizers)
     if not grad.isfinite():
-        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient: take "
-                        "smaller learning rates, and another --out_dir or none of its resume.pt")
+        raise UserError(f"stage {stage}, step {step + 1}: NaN or inf in the gradient: start "
+                        "anew with smaller learning rates, in another --out_dir")
 
     # What was read: each prompt once, each canvas in one state, or in 1 + K.
     states = 1 + run.config.K if stage == "order" else 1
