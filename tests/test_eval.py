@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import eval_gsm8k
 from common import UserError
-from data import build_tokenizer, encode, load_splits
+from data import build_tokenizer, encode, frequent_pieces, load_splits, toy_split
 from eval_gsm8k import (best_rules, closing_table, evaluate, exchangeable_pairs, failure_signs,
                         is_true, judge, locked, mcnemar, pairs_by_equation, pairs_that_meet,
                         read_results, rival_of, store, tune, value_of, wilson)
@@ -280,6 +280,16 @@ def test_pairs_meet_where_one_step_reveals_both(toy_model):
     meets = [step[r, x] == step[r, x + 2] for r, x in
              zip(*(part.tolist() for part in exchangeable_pairs(x0, enc)[:2]))]
     assert pairs_that_meet(model, enc, TOY, 3, "confidence") == sum(meets).item() / 3
+
+
+def test_the_first_order_reveals_no_pair_in_one_step_from_3_steps_on():
+    """On the toy's stories and its canvas: what p's gates begin with keeps all operands apart."""
+    items = toy_split("val", 300)
+    enc = build_tokenizer(frequent_pieces(items, 100))
+    model = MDM(ModelConfig(enc.n_vocab - 1, 36, answer_len=60, n_layer=1, n_head=2, n_embd=8))
+    shares = [pairs_that_meet(model, enc, items, steps, "first_order") for steps in (3, 4, 6, 8)]
+    assert shares == [0, 0, 0, 0]
+    assert 0 < pairs_that_meet(model, enc, items, 2, "first_order") < 0.1
 
 
 @pytest.mark.parametrize("meet, bounds, signs", [
