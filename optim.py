@@ -48,9 +48,8 @@ def make_optimizers(network, lr_matrix: float, lr_other: float) -> list[torch.op
     for name, p in network.named_parameters():
         in_a_block = ".blocks." in name and p.ndim == 2
         (matrices if in_a_block else others).append(p)
-    optimizers = [torch.optim.AdamW(others, lr=lr_other, betas=(0.9, 0.98), weight_decay=0)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=lr_matrix, weight_decay=0))
+    optimizers = [torch.optim.AdamW(others, lr=lr_other, betas=(0.9, 0.98), weight_decay=0),
+                  Muon(matrices, lr=lr_matrix, weight_decay=0)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

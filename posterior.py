@@ -32,7 +32,7 @@ README.md has the idea, assets/derivation.md each equation with numbers; this is
                        A_t^k = L_t^k - mean of L_t over the other K - 1 orders of the example
          grad: for the parameters of p and of q; ^k: of order k of an example
 
-[NEW] marks what the paper does not have. critic.py lowers the variance of Eq. 7 (Eq. 8).
+[NEW] marks what the paper does not have.
 """
 
 import torch
@@ -52,7 +52,7 @@ class OrderPosterior(nn.Module):
         nn.init.normal_(self.score_head.weight, std=0.01)
 
     def forward(self, prompt, x0):
-        """prompt (B, P), x0 (B, L) -> scores (B, L), hidden states (B, L, D).
+        """prompt (B, P), x0 (B, L) -> scores (B, L).
 
         A position of higher score is revealed earlier. [NEW] The scores of an answer are
         standardised to mean 0 and spread 1, so tau alone sets how sharp an order is. With a free
@@ -61,7 +61,7 @@ class OrderPosterior(nn.Module):
         h = self.trunk(self.trunk.encode_prompt(prompt), x0).float()
         with torch.autocast(h.device.type, enabled=False):       # bfloat16 would tie scores
             scores = self.score_head(h).squeeze(-1)
-        return F.layer_norm(scores, scores.shape[-1:]), h
+        return F.layer_norm(scores, scores.shape[-1:])
 
 
 # --- Eq. 3: gates from scores, orders from gates --------------------------------------------------
@@ -170,16 +170,13 @@ def draw_orders_and_steps(scores, K: int, T: int, tau: float, generator=None):
     return reveal_step, t.clamp(max=T)
 
 
-def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_weight=1.0,
-              foretold=0.0, correction=0.0):
+def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     """What training maximises, and logs: both for each example, (B,).
 
     [NEW] Step 1 is the same for all orders, so it is computed once. Of the later steps one, t, is
     drawn for each example and stands for all T - 1 of them. So an example takes 1 + K states of p.
 
-    scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T. kl_weight is the
-    weight of the KL for q; p's gates always learn at weight 1. foretold and correction (B, K) are
-    of critic.py, an optional reading: without a critic they are 0.
+    scores (B, L), prompt (B, P), x0 (B, L), reveal_step (B, K, L), t (B,) in 2..T.
     """
     K = reveal_step.shape[1]
 
@@ -201,37 +198,21 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float, kl_
     gate_logits = model.gate_logits(h, masked, steps_left)                            # (B, 1+K, L)
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
-    # L_t, Eq. 5 and 6. [NEW] What q feels of the KL is kl_weight times its gradient.
+    # L_t, Eq. 5 and 6.
     reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
-    kl = step_kl(scale_gradient(log_q, kl_weight), gate_logits, masked, steps_left == 1)
+    kl = step_kl(log_q, gate_logits, masked, steps_left == 1)
     L_t = reconstruction - kl
 
     # Eq. 7. The gradient of L_t takes the state as given. What it misses is q's gradient through
     # the gates that led to the state. That is the gradient of the surrogate, whose value means
-    # nothing: the advantage is only a weight in it. The reward is L_t, with the KL as q feels it.
-    reward = (reconstruction - kl_weight * kl)[:, 1:].detach()                        # (B, K)
-    advantage = leave_one_out(reward - foretold)
-    log_q_path = log_q_of_path(scores, reveal_step, t, T, tau)
-    surrogate = advantage.detach() * log_q_path + correction
+    # nothing: the advantage is only a weight in it.
+    advantage = leave_one_out(L_t[:, 1:]).detach()                                    # (B, K)
+    surrogate = advantage * log_q_of_path(scores, reveal_step, t, T, tau)
 
     def over_steps(term):                              # step 1, and T - 1 times the one at t
         return term[:, 0] + (T - 1) * term[:, 1:].mean(1)
 
-    # Everything that is maximised: Eq. 4, Eq. 7's second term, and the critic's fit, which is a
-    # constant where there is no critic.
-    bound = over_steps(L_t)
-    critic_loss = advantage.square().mean(1)
-    value = bound + (T - 1) * surrogate.mean(1) - critic_loss
-    logs = {
-        "elbo": bound,
-        "recon": over_steps(reconstruction),
-        "kl": over_steps(kl),
-        "critic_loss": critic_loss,
-        "reward_spread": leave_one_out(reward).square().mean(1),
-    }
+    bound = over_steps(L_t)                                                           # Eq. 4
+    value = bound + (T - 1) * surrogate.mean(1)
+    logs = {"elbo": bound, "recon": over_steps(reconstruction), "kl": over_steps(kl)}
     return value, {name: log.detach() for name, log in logs.items()}
-
-
-def scale_gradient(x, factor: float):
-    """x itself, with a gradient that is `factor` times as large."""
-    return x.detach() + factor * (x - x.detach())

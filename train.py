@@ -9,7 +9,7 @@
 
 Stages, one loop:
     denoiser  stage 1: the masked-diffusion bound, positions revealed in a random order
-    order     stage 2: from those weights, the learned order, Eq. 1-8 (posterior.py, critic.py)
+    order     stage 2: from those weights, the learned order, Eq. 1-7 (posterior.py)
     control   what a comparison needs, not trained unless asked for: from stage 1's weights,
               stage 1's loss on as many more network states as the order stage saw
 Written to --out_dir: denoiser.pt, ckpt.pt (order), control.pt, log.jsonl; resume.pt as long as the
@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 from common import (UserError, load_state, path_of, pick_device, process_rank, read_json_lines,
                     run_script, say, write_atomically)
-from critic import Critic, critic_features, critic_terms
 from data import DATASETS, TOY_SIZES, build_tokenizer, encode, frequent_pieces, load_splits
 from eval_gsm8k import closing_table
 from model import MDM, ModelConfig, denoiser_elbo, load_checkpoint, save_checkpoint, trim
@@ -49,7 +48,6 @@ from posterior import OrderPosterior, draw_orders_and_steps, objective
 
 STAGES = {"denoiser": "denoiser.pt", "order": "ckpt.pt", "control": "control.pt"}
 REPORTED = (2, 4, 8)  # step budgets that validation reports the bound of
-LR_CRITIC = 1e-3
 PATIENCE = timedelta(seconds=60)  # how long a process waits for the others
 
 
@@ -91,7 +89,6 @@ class Config:
     budgets: str = arg("2,3,4,6,8", "step budgets T that the order is learned for, one a batch")
     tau: float = arg(0.67, "temperature of Eq. 3 at the start of the order stage")
     tau_end: float = arg(0.05, "and at its end; it falls early, with the root of progress")
-    kl_ramp: float = arg(0.1, "share of the order stage in which the KL weight goes from 0.1 to 1")
     # all stages
     log_every: int = arg(100, "steps between log lines")
     eval_every: int = arg(500, "steps between validation bounds and resume points")
@@ -139,7 +136,7 @@ PRESETS = {
         batch_size_order=32, K=8,
         # ours (131M parameters, 32M more for the posterior)
         prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, n_layer_posterior=4,
-        # unknown, chosen by us without a run; so are tau, its end and the KL ramp, the toy's
+        # unknown, chosen by us without a run; so are tau and its end, the toy's
         lr_matrix=0.005, lr_other=5e-4),
 }
 SIZES = ("prompt_len", "answer_len", "n_layer", "n_head", "n_embd")
@@ -259,14 +256,12 @@ def batch_at(run: Run, stage: str, step: int, size: int):
 
 @dataclass
 class Networks:
-    """What a stage trains. Posterior and critic only in the order stage."""
+    """What a stage trains. The posterior only in the order stage."""
     model: MDM
     posterior: OrderPosterior | None = None
-    critic: Critic | None = None
 
     def __iter__(self):
-        networks = (self.model, self.posterior, self.critic)
-        return iter([network for network in networks if network is not None])
+        return iter([self.model] if self.posterior is None else [self.model, self.posterior])
 
     def parameters(self):
         return [p for network in self for p in network.parameters()]
@@ -298,26 +293,15 @@ def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T
             elbo = denoiser_elbo(networks.model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}
 
-        # [NEW] tau falls: at first many orders are tried, soon few. The KL weight of q grows: q
-        # looks around before it has to be predictable.
+        # [NEW] tau falls: at first many orders are tried, soon few.
         tau = c.tau * (c.tau_end / c.tau) ** progress**0.5
-        kl_weight = min(1.0, 0.1 + 0.9 * progress / max(c.kl_ramp, 1e-9))
 
         # q reads the answers and scores their positions. K orders are drawn, and one later step.
-        scores, h = networks.posterior(prompt, x0)
+        scores = networks.posterior(prompt, x0)
         reveal_step, t = draw_orders_and_steps(scores, c.K, T, tau, generator)
 
-        # What the critic foretells of that step, Eq. 8. Validation does without it.
-        foretold = 0.0
-        correction = 0.0
-        if networks.critic is not None:
-            features = critic_features(networks.posterior, h, x0)
-            w = networks.critic(features, left_at_t=T - t + 1)
-            foretold, correction = critic_terms(scores, w, reveal_step, t, T, tau)
-
         # p reads the states on the way, and everything is put together: Eq. 4 to 7.
-        return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau, kl_weight,
-                         foretold, correction)
+        return objective(networks.model, scores, prompt, x0, reveal_step, t, T, tau)
 
 
 @torch.no_grad()
@@ -326,8 +310,6 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
     REPORTED budgets. At its end over all items, with the standard error of that mean."""
     n = None if progress == 1 else run.config.eval_items
     prompts, x0s = run.val[0][:n], run.val[1][:n]
-    # Without the critic: it changes no bound, and knows no budget above the largest of --budgets.
-    networks = Networks(networks.model, networks.posterior)
     budgets = REPORTED if networks.posterior is not None else [4]  # a denoiser's has none
     record = {}
     for reported in budgets:
@@ -373,20 +355,18 @@ def build_stage(stage: str, run: Run) -> tuple[Networks, list]:
     config = run.config
     torch.manual_seed(seed_of(config.seed, stage, "weights"))
 
-    # p, from random weights or from a checkpoint. The order stage adds q, and its critic.
+    # p, from random weights or from a checkpoint. The order stage adds q.
     start = start_of(stage, config)
     model = MDM(run.sizes).to(run.device) if start is None else load_denoiser(start, run)
     networks = Networks(model)
     if stage == "order":
         sizes = replace(run.sizes, n_layer=config.n_layer_posterior)
         networks.posterior = OrderPosterior(sizes).to(run.device)
-        networks.critic = Critic(2 * config.n_embd, config.n_embd, sizes.max_steps).to(run.device)
 
     # Each has its own optimizers.
-    optimizers = make_optimizers(networks.model, config.lr_matrix, config.lr_other)
-    if networks.posterior is not None:
-        optimizers += make_optimizers(networks.posterior, config.lr_matrix, config.lr_other)
-        optimizers += make_optimizers(networks.critic, config.lr_matrix, LR_CRITIC)
+    optimizers = []
+    for network in networks:
+        optimizers += make_optimizers(network, config.lr_matrix, config.lr_other)
     return networks, optimizers
 
 
@@ -486,10 +466,7 @@ def with_the_others(exchange, *args):
 
 def update(networks: Networks, optimizers):
     """One step of all optimizers. Returns the gradient's norm before clipping."""
-    # The critic's squared error is no likelihood, and would fill the norm.
-    clipped = [p for network in networks if network is not networks.critic
-               for p in network.parameters()]
-    grad = torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+    grad = torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
     if grad.isfinite():
         for optimizer in optimizers:
             optimizer.step()
@@ -539,7 +516,7 @@ def train_stage(stage: str, run: Run, resume: dict | None):
         if done % config.log_every == 0 or validating:
             seconds = time.perf_counter() - since
             record = {"stage": stage, "step": done}
-            record |= means_of(names, (sums / (done - last)).tolist())
+            record |= dict(zip(names, (sums / (done - last)).tolist()))
             record |= {"grad": grad.item(), "seconds": seconds, "ktok/s": tokens / seconds / 1e3}
             if validating:
                 record |= validate(run, networks, done / steps)
@@ -552,15 +529,6 @@ def train_stage(stage: str, run: Run, resume: dict | None):
     save(STAGES[stage], steps)
     if run.world > 1:
         with_the_others(dist.barrier)  # the next stage starts from that file
-
-
-def means_of(names: list[str], means: list[float]) -> dict:
-    """The logs of a line by name; of the critic what share it explains."""
-    record = dict(zip(names, means))
-    if "critic_loss" in record:
-        error, spread = record.pop("critic_loss"), record.pop("reward_spread")
-        record["explained"] = 1 - error / max(spread, 1e-9)
-    return record
 
 
 def add_to_log(run: Run, record: dict):

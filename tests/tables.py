@@ -2,7 +2,7 @@
 
 With L positions, V tokens and T steps everything is discrete: (V+1)^L states, V^L answers, and the
 ordered partitions of L positions into at most T groups. What follows is written from the equations,
-gate by gate and token by token, and shares no code with posterior.py, critic.py or sample.py.
+gate by gate and token by token, and shares no code with posterior.py or sample.py.
 
 One table serves every T: its gates are looked up by the state and by how many steps are left.
 """

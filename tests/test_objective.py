@@ -1,4 +1,4 @@
-"""posterior.py and critic.py against exact sums over all orders (tables.py), in float64, to 1e-10.
+"""posterior.py against exact sums over all orders (tables.py), in float64, to 1e-10.
 
 The equations are those of posterior.py. test_mutations.py breaks the scripts in many ways and runs
 the tests of this file on what is left, to show that they can fail."""
@@ -11,48 +11,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import critic
 import posterior
 from model import MDM, ModelConfig, log_p_of
 from tables import (SIZES, TAU, V, X0, TableModel, answers, exact_elbo, log_p_gates, log_p_joint,
-                    log_p_marginal, log_p_tokens, masked_at, orders, plain_step, possible_orders,
+                    log_p_marginal, masked_at, orders, plain_step, possible_orders,
                     q_gates, q_of, q_step, scores, state_at)
 
 NO_PROMPT = torch.zeros(1, 0, dtype=torch.long)
-MAX_STEPS = 4
 
 
 def close(a, b, tolerance=1e-10):
     return abs(torch.as_tensor(a - b).item()) < tolerance
 
 
-def any_w(L, seed=7):
-    """Any numbers in the place of the critic's: Eq. 7 must hold whatever the critic says."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, L, MAX_STEPS, MAX_STEPS, generator=generator, dtype=torch.float64)
-
-
-def w_for(w, t, T):
-    """What critic_terms is given for rows of later steps t: w by the steps left at t, then at u."""
-    rows = w.expand(len(t), -1, -1, -1)
-    return torch.stack([row[:, :, T - step] for row, step in zip(rows, t.tolist())])
-
-
-def two_steps(model, s, x0, chosen, t, T, w=None, kl_weight=1.0):
+def two_steps(model, s, x0, chosen, t, T):
     """What train.py maximises, and the logs, for N copies of one answer: (N,) each.
 
     Copy n has the K orders chosen[n], and t[n] as its later step. Scores s are (L,), or (N, L) for
-    scores of its own for each copy. w (1, L, M, M), by the steps left at u and at t, is the
-    critic's; any numbers by default.
+    scores of its own for each copy.
     """
     reveal_step = torch.tensor(chosen)                                       # (N, K, L)
     t = torch.tensor(t)
     N = len(t)
     s = s.expand(N, -1)
-    w = any_w(len(x0)) if w is None else w
-    terms = critic.critic_terms(s, w_for(w, t, T), reveal_step, t, T, TAU)
     return posterior.objective(model, s, NO_PROMPT.expand(N, 0), torch.tensor([x0] * N),
-                               reveal_step, t, T, TAU, kl_weight, *terms)
+                               reveal_step, t, T, TAU)
 
 
 def step_logs(model, s, x0, order, t, T):
@@ -466,8 +449,8 @@ def test_trajectory_gradient_is_exact_in_expectation(L, T, K):
 
 
 def test_one_model_learns_the_bounds_of_every_number_of_steps():
-    """One table, one q and one critic, T = 1, 2 and 3 equally often: the mean gradient is that of
-    the mean bound. With T steps in all, the gates with 2 to T left learn, and no others."""
+    """One table and one q, T = 1, 2 and 3 equally often: the mean gradient is that of the mean
+    bound. With T steps in all, the gates with 2 to T left learn, and no others."""
     model, s, x0 = TableModel(), scores(), X0[3]
     total = 0.0
     learned = 0.0
@@ -476,7 +459,7 @@ def test_one_model_learns_the_bounds_of_every_number_of_steps():
         (theta, _), _ = mean_gradient(two_steps, model, s, x0, T, 2, later_steps(T))
         learned = learned + theta / 3
         gates = theta[..., V:].abs().amax(dim=(0, 1)) > 0                    # by steps left
-        assert gates.tolist() == [2 <= steps_left <= T for steps_left in range(1, MAX_STEPS + 1)]
+        assert gates.tolist() == [2 <= steps_left <= T for steps_left in range(1, len(gates) + 1)]
     exact, _ = exact_gradient(model, s, total)
     assert (learned - exact).abs().max() < 1e-10
 
@@ -491,61 +474,25 @@ def test_leave_one_out_is_value_minus_mean_of_the_others():
 
 
 def test_a_row_of_a_batch_is_what_it_is_alone():
-    """Different answers, scores, orders and steps side by side: no row's baseline, path or critic
-    touches another."""
+    """Different answers, scores, orders and steps side by side: no row's baseline or path touches
+    another."""
     T, model = 4, TableModel(4)
-    w = torch.cat([any_w(4, seed) for seed in range(3)])
     rows = [(scores(4, seed=1), (1, 0, 1, 1), [(1, 2, 3, 2), (1, 1, 2, 3)], 2),
             (scores(4, seed=2), (0, 0, 1, 0), [(2, 1, 1, 3), (1, 1, 1, 1)], 2),
             (scores(4, seed=3), (1, 1, 0, 1), [(3, 2, 1, 4), (2, 1, 2, 3)], 3)]
     s, x0, chosen, t = zip(*rows)
     s_rows = torch.stack(s)
-    path = torch.tensor(chosen), torch.tensor(t), T, TAU
-    terms = critic.critic_terms(s_rows, w_for(w, path[1], T), *path)
     together, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(3, 0), torch.tensor(x0),
-                                         *path, 1.0, *terms)
+                                         torch.tensor(chosen), torch.tensor(t), T, TAU)
     total = 0.0
     for i, (s_i, x0_i, chosen_i, t_i) in enumerate(rows):
-        value, alone = two_steps(model, s_i, x0_i, [chosen_i], [t_i], T, w[i : i + 1])
+        value, alone = two_steps(model, s_i, x0_i, [chosen_i], [t_i], T)
         assert close(together[i], value)
         assert all(close(logs[name][i], alone[name]) for name in alone)
         total = total + value.sum()
     for a, b in zip(torch.autograd.grad(together.sum(), (model.table, *s)),
                     torch.autograd.grad(total, (model.table, *s))):
         assert (a - b).abs().max() < 1e-12
-
-
-def weighted_elbo(model, s, x0, T, kl_weight):
-    """E_q sum_t recon_t - kl_weight KL_t, gate by gate."""
-    total = 0.0
-    for o in possible_orders(s, T):
-        q = q_of(s, o, T)
-        steps = range(1, max(o) + 1)
-        tokens = sum(log_p_tokens(model, x0, o, t) for t in steps)
-        gates = q.log() - sum(log_p_gates(model, x0, o, t, T) for t in steps)
-        total = total + q * (tokens - kl_weight * gates)
-    return total
-
-
-@pytest.mark.parametrize("L, T", [(3, 3), (4, 2)])
-def test_kl_weight_spares_q_only(L, T):
-    """In expectation, advantage included: theta's gradient is that of the whole bound, phi's that
-    of recon - kl_weight KL. The logged bound has no weight."""
-    model, s, x0 = TableModel(L), scores(L), X0[L]
-
-    def softened(*args):
-        return two_steps(*args, kl_weight=0.3)
-
-    (theta, phi), _ = mean_gradient(softened, model, s, x0, T, 2, later_steps(T))
-    exact, _ = exact_gradient(model, s, exact_elbo(model, s, x0, T))
-    _, weighted = exact_gradient(model, s, weighted_elbo(model, s, x0, T, 0.3))
-    assert (theta - exact).abs().max() < 1e-10 and (phi - weighted).abs().max() < 1e-10
-
-    chosen = [[next(iter(possible_orders(s, T)))] * 2]
-    _, with_weight = softened(model, s, x0, chosen, [2], T)
-    _, without = two_steps(model, s, x0, chosen, [2], T)
-    for name in ("elbo", "recon", "kl"):
-        assert close(with_weight[name], without[name])
 
 
 def test_the_logged_bound_is_the_reconstruction_less_the_kl():
@@ -559,7 +506,7 @@ def test_the_logged_bound_is_the_reconstruction_less_the_kl():
 def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
     """draw_orders_and_steps and objective, two different answers and a batch that is no multiple of
     T - 1: within 4 standard errors over 100 batches."""
-    model, s, w = TableModel(L), scores(L), any_w(L)
+    model, s = TableModel(L), scores(L)
     other = tuple(1 - token for token in X0[L])
     x0 = torch.tensor([X0[L]] * 251 + [other] * 250)
     B = len(x0)
@@ -567,10 +514,8 @@ def test_drawn_orders_and_steps_estimate_the_same_elbo_and_gradient(L, T):
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(100):
-        path = (*posterior.draw_orders_and_steps(s_rows, 4, T, TAU, generator), T, TAU)
-        terms = critic.critic_terms(s_rows, w_for(w, path[1], T), *path)
-        value, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(B, 0), x0, *path, 1.0,
-                                          *terms)
+        drawn = posterior.draw_orders_and_steps(s_rows, 4, T, TAU, generator)
+        value, logs = posterior.objective(model, s_rows, NO_PROMPT.expand(B, 0), x0, *drawn, T, TAU)
         gradient = torch.autograd.grad(value.mean(), (model.table, s))
         batches.append(torch.cat([logs["elbo"].mean()[None], *(g.flatten() for g in gradient)]))
     batches = torch.stack(batches)
@@ -595,137 +540,6 @@ def test_each_later_step_is_drawn_equally_often_by_every_row(T):
     assert T < 3 or (t[:, 0] != t[:, 1]).all()  # stratified: rows in a row see different steps
 
 
-# --- Eq. 8: the critic ----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("T", [2, 3, 4])
-def test_the_critic_s_terms_are_those_of_eq_8_with_steps_counted_from_the_end(T):
-    """b_t and the correction by hand, gate by gate. w is looked up by the steps left, so the
-    numbers that T = 2 uses are those of the last two steps of every T."""
-    s, w = scores(4), any_w(4)
-    for o in list(possible_orders(s, T))[::3]:
-        for t in later_steps(T):
-            b, correction = 0.0, 0.0
-            for u in range(1, t):
-                for i, q in q_gates(s, o, u, T).items():
-                    opens = 1.0 if o[i] == u else 0.0
-                    w_ut = w[0, i, T - u, T - t]  # T - u + 1 left, and rows begin with 1 left
-                    b = b + w_ut * (opens - q.detach())
-                    correction = correction + w_ut * q
-            at_t = torch.tensor([t])
-            foretold, gives_back = critic.critic_terms(s[None], w_for(w, at_t, T),
-                                                       torch.tensor([[o]]), at_t, T, TAU)
-            assert close(foretold, b) and close(gives_back, correction)
-            found, = torch.autograd.grad(gives_back.sum(), s)
-            expected, = torch.autograd.grad(correction, s)
-            assert (found - expected).abs().max() < 1e-10
-            assert not foretold.requires_grad  # q does not learn to be foretold
-
-
-def test_without_a_critic_the_objective_is_that_of_a_critic_that_says_0():
-    model, s, x0 = TableModel(), scores(), X0[3]
-    chosen, t = torch.tensor([[(1, 2, 3), (2, 1, 1)]]), torch.tensor([3])
-    zero = torch.zeros_like(any_w(3))
-    value, logs = two_steps(model, s, x0, chosen.tolist(), [3], 3, w=zero)
-    plain, plain_logs = posterior.objective(model, s[None], NO_PROMPT, torch.tensor([x0]), chosen,
-                                            t, 3, TAU)
-    for a, b in zip(torch.autograd.grad(value.sum(), (model.table, s)),
-                    torch.autograd.grad(plain.sum(), (model.table, s))):
-        assert (a - b).abs().max() < 1e-12
-    for name in logs:
-        assert close(logs[name], plain_logs[name])
-    assert close(logs["critic_loss"], logs["reward_spread"])  # nothing is foretold
-
-
-def model_where_a_gate_matters():
-    """Token 0 is certain once position 2 is known, and worth 6 nats less before."""
-    model = TableModel()
-    with torch.no_grad():
-        for z in itertools.product(range(V + 1), repeat=3):
-            if z[2] == V:
-                model.table[model.row(torch.tensor(z)), 0, X0[3][0]] -= 6
-    return model
-
-
-def test_a_fitted_critic_lowers_the_variance_and_moves_no_mean():
-    """w by gradient ascent on the objective, over all pairs of orders: nothing but Eq. 8 moves
-    it."""
-    T, model, s, x0 = 3, model_where_a_gate_matters(), scores(), X0[3]
-    law = possible_orders(s, T)
-    chosen, t, weight = [], [], []
-    for a, b in itertools.product(law, repeat=2):
-        for step in later_steps(T):
-            chosen.append((a, b))
-            t.append(step)
-            weight.append(law[a] * law[b])
-    weight = torch.tensor(weight, dtype=torch.float64)
-    w = torch.zeros_like(any_w(3)).requires_grad_()
-    optimizer = torch.optim.Adam([w], lr=0.7)
-    for _ in range(20):
-        value, _ = two_steps(model, s, x0, chosen, t, T, w)
-        optimizer.zero_grad()
-        (-(weight * value).sum()).backward()
-        optimizer.step()
-
-    def with_critic(numbers):
-        def estimator(*args):
-            return two_steps(*args, w=numbers)
-        return mean_gradient(estimator, model, s, x0, T, 2, later_steps(T))
-
-    (_, phi), variance = with_critic(torch.zeros_like(w))
-    (_, phi_fitted), variance_fitted = with_critic(w.detach())
-    assert (phi - phi_fitted).abs().max() < 1e-10
-    assert variance_fitted < 0.5 * variance
-
-
-def test_w_moves_by_its_squared_error_alone_and_moves_nothing_else():
-    T, model, s, x0, chosen = 3, TableModel(), scores(), X0[3], [(1, 2, 3), (2, 1, 1)]
-    w = any_w(3).requires_grad_()
-    value, logs = two_steps(model, s, x0, [chosen], [3], T, w)
-    theta, by_w = torch.autograd.grad(value.sum(), (model.table, w))
-    without, _ = two_steps(model, s, x0, [chosen], [3], T, 0 * w)
-    theta_without, = torch.autograd.grad(without.sum(), model.table)
-    assert torch.equal(theta, theta_without)  # p's gradient knows no critic
-
-    at_t = torch.tensor([3])
-    b, _ = critic.critic_terms(s[None], w_for(w, at_t, T), torch.tensor([chosen]), at_t, T, TAU)
-    first, second = [step_term(model, s, x0, o, 3, T).detach() for o in chosen]
-    gap = (first - b[0, 0]) - (second - b[0, 1])  # leave-one-out of two: plus and minus this
-    assert close(logs["critic_loss"], gap.detach() ** 2)
-    assert close(logs["reward_spread"], (first - second) ** 2)
-    expected, = torch.autograd.grad(-gap**2, w)
-    assert (by_w - expected).abs().max() < 1e-10 and by_w.abs().max() > 1e-3
-
-
-def test_the_critic_says_0_at_first_and_does_not_teach_what_it_reads():
-    torch.manual_seed(0)
-    network = critic.Critic(n_features=6, width=5, max_steps=3)
-    features = torch.randn(2, 4, 6, requires_grad=True)
-    left_at_t = torch.tensor([1, 3])
-    w = network(features, left_at_t)
-    assert w.shape == (2, 4, 3) and not w.any()
-    for p in (network.weight, network.bias):
-        torch.nn.init.normal_(p)
-    w = network(features, left_at_t)
-    w.square().sum().backward()
-    assert features.grad is None and network.hidden[0].weight.grad.any()
-    for row, left in enumerate(left_at_t):  # by hand: the later step's own weights
-        hidden = network.hidden(features[row])
-        expected = hidden @ network.weight[left - 1] + network.bias[left - 1]
-        assert (w[row] - expected).abs().max() < 1e-6
-    assert len(w.unique()) == w.numel()
-
-
-def test_the_critic_reads_q_s_hidden_state_and_the_tokens_at_their_positions():
-    q = any_posterior()
-    prompt, x0 = torch.tensor([[1, 2]]), torch.tensor([[3, 4, 3, 5, 3]])
-    _, h = q(prompt, x0)
-    features = critic.critic_features(q, h, x0)
-    trunk, P = q.trunk, q.trunk.config.prompt_len
-    embedded = torch.stack([trunk.token.weight[token] + trunk.position.weight[P + i]
-                            for i, token in enumerate(x0[0].tolist())])
-    assert torch.equal(features[0], torch.cat([h[0], embedded], dim=-1))
-
-
 # --- the network of q -----------------------------------------------------------------------------
 
 TINY = ModelConfig(vocab_size=11, prompt_len=6, answer_len=5, n_layer=2, n_head=2, n_embd=16)
@@ -744,22 +558,22 @@ def test_scores_have_mean_0_and_spread_1_in_each_answer():
     q = any_posterior()
     prompt = torch.tensor([[1, 2, 3], [4, 5, 10]])
     x0 = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
-    s, _ = q(prompt, x0)
+    s = q(prompt, x0)
     assert s.mean(-1).abs().max() < 1e-5
     assert (s.std(-1, correction=0) - 1).abs().max() < 1e-2
-    assert torch.allclose(q(prompt[:1], x0[:1])[0], s[:1], atol=1e-4)
+    assert torch.allclose(q(prompt[:1], x0[:1]), s[:1], atol=1e-4)
 
 
 def test_q_reads_every_token_of_prompt_and_answer_in_its_place():
     q = any_posterior()
     prompt, x0 = torch.tensor([[1, 2, 3]]), torch.tensor([[3, 1, 4, 1, 5]])
-    before, _ = q(prompt, x0)
+    before = q(prompt, x0)
     for other in ([2, 1, 3], [1, 3, 2], [4, 2, 3], [1, 4, 3], [1, 2, 4]):
-        assert (q(torch.tensor([other]), x0)[0] - before).abs().max() > 1e-3
+        assert (q(torch.tensor([other]), x0) - before).abs().max() > 1e-3
     for i in range(5):
         other = x0.clone()
         other[0, i] = 8
-        assert (q(prompt, other)[0] - before).abs().max() > 1e-3
+        assert (q(prompt, other) - before).abs().max() > 1e-3
 
 
 # --- numerics -------------------------------------------------------------------------------------
@@ -772,11 +586,9 @@ def test_gradients_stay_finite(values):
     generator = torch.Generator().manual_seed(0)
     drawn = posterior.sample_orders(s, 4, 3, 0.1, generator)
     reveal_step = torch.cat([drawn, torch.ones(1, 1, 3, dtype=torch.long)], 1)
-    w = torch.ones(1, 3, MAX_STEPS)
     for t in (2, 3):
-        path = reveal_step, torch.tensor([t]), 3, 0.1
-        value, _ = posterior.objective(model, s, NO_PROMPT, torch.tensor([X0[3]]), *path, 1.0,
-                                       *critic.critic_terms(s, w, *path))
+        value, _ = posterior.objective(model, s, NO_PROMPT, torch.tensor([X0[3]]), reveal_step,
+                                       torch.tensor([t]), 3, 0.1)
         theta, phi = torch.autograd.grad(value.sum(), (model.table, s))
         assert value.isfinite() and theta.isfinite().all() and phi.isfinite().all()
 
@@ -787,8 +599,7 @@ def test_gradients_stay_finite_under_bfloat16_autocast(spread):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=11, prompt_len=6, answer_len=8, n_layer=2, n_head=2, n_embd=16)
     model, q = MDM(config), posterior.OrderPosterior(config)
-    network = critic.Critic(2 * config.n_embd, config.n_embd, config.max_steps)
-    parameters = [*model.parameters(), *q.parameters(), *network.parameters()]
+    parameters = [*model.parameters(), *q.parameters()]
     for p in parameters:
         torch.nn.init.normal_(p, std=0.3)
     with torch.no_grad():
@@ -797,13 +608,11 @@ def test_gradients_stay_finite_under_bfloat16_autocast(spread):
             p *= spread
     prompt, x0 = torch.randint(9, (6, 4)), torch.randint(9, (6, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        s, h = q(prompt, x0)
+        s = q(prompt, x0)
         drawn = posterior.draw_orders_and_steps(s, 4, 4, 0.1, torch.Generator().manual_seed(0))
-        w = network(critic.critic_features(q, h, x0), 4 - drawn[1] + 1)
-        terms = critic.critic_terms(s, w, *drawn, 4, 0.1)
-        value, _ = posterior.objective(model, s, prompt, x0, *drawn, 4, 0.1, 1.0, *terms)
+        value, _ = posterior.objective(model, s, prompt, x0, *drawn, 4, 0.1)
     gradients = torch.autograd.grad(value.sum(), parameters)
-    assert w.dtype == value.dtype == torch.float32 and value.isfinite().all()
+    assert value.dtype == torch.float32 and value.isfinite().all()
     assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
 
 
@@ -818,8 +627,7 @@ def test_scores_and_gates_are_made_in_float32_under_bfloat16_autocast():
     prompt, x0 = torch.tensor([[1, 2, 3]]).expand(64, 3), torch.zeros(64, 5, dtype=torch.long)
 
     def heads():
-        s, _ = q(prompt, x0)
-        return s, model.gate_logits(h, masked, steps_left), model.log_p(h)
+        return q(prompt, x0), model.gate_logits(h, masked, steps_left), model.log_p(h)
 
     outside = heads()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -839,7 +647,7 @@ def test_the_real_networks_bound_what_they_can_write(T):
     for p in [*model.parameters(), *q.parameters()]:
         torch.nn.init.normal_(p, std=0.4)
     prompt, x0 = torch.tensor([[1, 0]]), (2, config.eos, config.pad)
-    s = q(prompt, torch.tensor([x0]))[0].detach()
+    s = q(prompt, torch.tensor([x0])).detach()
 
     def log_p_of_order(o):
         """Eq. 1 and 2, gate by gate and token by token."""
@@ -902,7 +710,7 @@ def test_an_order_is_learned_with_a_denoiser_of_ones_own():
     optimizer = torch.optim.Adam([*model.parameters(), *q.parameters()], 0.01)
     x0, prompt = torch.tensor([[0, 1], [1, 0]]).repeat(8, 1), torch.zeros(16, 1, dtype=torch.long)
     for _ in range(200):
-        s, _ = q(prompt, x0)
+        s = q(prompt, x0)
         drawn = posterior.draw_orders_and_steps(s, 2, 2, 0.3)
         value, logs = posterior.objective(model, s, prompt, x0, *drawn, 2, 0.3)
         optimizer.zero_grad()

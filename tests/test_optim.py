@@ -6,7 +6,6 @@ import copy
 import pytest
 import torch
 
-from critic import Critic
 from model import MDM, ModelConfig
 from optim import Muon, make_optimizers, orthogonalise, set_rates
 from posterior import OrderPosterior
@@ -92,7 +91,6 @@ def test_muon_goes_on_from_a_saved_state_as_if_nothing_had_happened():
 NETWORKS = {
     "denoiser": lambda: MDM(TINY),
     "posterior": lambda: OrderPosterior(TINY),
-    "critic": lambda: Critic(32, 16, 8),
 }
 
 

@@ -21,7 +21,6 @@ import eval_gsm8k
 import sample
 import train
 from common import UserError
-from critic import Critic
 from data import TOY_SIZES, build_tokenizer, frequent_pieces, toy_split
 from model import MDM, ModelConfig, load_checkpoint, save_checkpoint
 from optim import make_optimizers
@@ -155,7 +154,7 @@ def test_bench_reports_a_preset_without_data(tmp_path):
     posterior = OrderPosterior(replace(config, n_layer=1))
     denoiser = n_parameters(MDM(config))
     assert result["train"]["parameters"] == denoiser
-    assert result["order"]["parameters"] == denoiser + n_parameters(posterior, Critic(32, 16, 4))
+    assert result["order"]["parameters"] == denoiser + n_parameters(posterior)
     assert result["train"]["part"] == result["order"]["part"] == 2
     assert result["train"]["tokens"] == 6 * 20 and result["order"]["tokens"] == 4 * (12 + 3 * 8)
     for row in (result["train"], result["order"]):

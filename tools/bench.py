@@ -14,7 +14,7 @@ update_gflop    of a step: Muon's
 state_gb        weights and their gradients, Muon's momentum, AdamW's two averages, float32
 activations_gb  what backward keeps of one part of a batch
 train, order    the two stages. A step is the gradient of --batch examples, measured, as often as a
-                batch has it, and one update. The critic only takes time
+                batch has it, and one update
 memory_mb       the most so far, on a CPU of the whole process
 sample          generate(), learned:0.5, which takes every step if its gates are untrained
 causal          left to right by the same network: as many tokens as true answers have on average
@@ -34,7 +34,6 @@ import torch
 
 import train
 from common import path_to_write, pick_device, run_script, say, versions, write_json
-from critic import Critic
 from model import MDM, save_checkpoint, trim
 from posterior import OrderPosterior
 from sample import generate, parse_steps, whole_number
@@ -117,8 +116,7 @@ def costs(stage: str, run: train.Run, half: bool) -> dict:
     with torch.device("meta"):
         networks = [MDM(sizes)]
         if stage == "order":
-            networks += [OrderPosterior(of_posterior),
-                         Critic(2 * c.n_embd, c.n_embd, sizes.max_steps)]
+            networks.append(OrderPosterior(of_posterior))
     state = 0
     for network in networks:
         for name, p in network.named_parameters():
