@@ -118,12 +118,12 @@ def log_q_of_path(scores, reveal_step, t, T: int, tau: float):
     scores = scores[:, None].expand(reveal_step.shape)                       # (B, K, L)
     total = torch.zeros(reveal_step.shape[:2], device=scores.device, dtype=scores.dtype)
     for u in range(1, T):
-        before_t = (u < t)[:, None, None]
-        masked = (reveal_step >= u) & before_t
-        opens = (reveal_step == u) & before_t
-        # Where nothing is to decide, log q and log(1 - q) are both 0.
+        masked = reveal_step >= u
+        opens = reveal_step == u
         log_q = log_gate_probs(scores, masked, T - u + 1, tau)
-        total = total + torch.where(opens, log_q, log_one_minus(log_q)).sum(-1)
+        # Where nothing is to decide, log q and log(1 - q) are both 0.
+        of_step_u = torch.where(opens, log_q, log_one_minus(log_q)).sum(-1)
+        total = total + of_step_u * (u < t)[:, None]
     return total
 
 

@@ -83,7 +83,7 @@ class Config:
     lr_matrix: float = arg(0.01, "Muon, for the matrices of the blocks")
     lr_other: float = arg(3e-3, "AdamW, for everything else")
     # stage 2 and control
-    max_steps_order: int = arg(1750, "optimizer steps of the order stage, and of the control")
+    max_steps_order: int = arg(2200, "optimizer steps of the order stage, and of the control")
     batch_size_order: int = arg(16, "examples per step of the order stage")
     K: int = arg(3, "orders per example, which then takes 1 + K network states")
     budgets: str = arg("2,3,4,6,8", "step budgets T that the order is learned for, one a batch")
@@ -136,7 +136,7 @@ PRESETS = {
         batch_size_order=32, K=8,
         # ours (131M parameters, 32M more for the posterior)
         prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, n_layer_posterior=4,
-        # unknown, chosen by us without a run; so are tau and its end, the toy's
+        # unknown, chosen by us without a run (tau and tau_end are the toy's)
         lr_matrix=0.005, lr_other=5e-4),
 }
 SIZES = ("prompt_len", "answer_len", "n_layer", "n_head", "n_embd")
@@ -199,6 +199,12 @@ class Run:
         vocab_size = 256 + len(self.pieces) + 2
         return ModelConfig(vocab_size, c.prompt_len, c.answer_len, c.n_layer, c.n_head, c.n_embd,
                            max_steps=max(c.budget_list))
+
+    @property
+    def half(self) -> bool:
+        """Do networks run in bfloat16 (autocast)?"""
+        dtype = self.config.dtype
+        return dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
 
 
 def prepare(config: Config) -> Run:
@@ -283,12 +289,10 @@ def budget_at(step: int, config: Config) -> int:
 
 def stage_objective(run: Run, networks: Networks, prompt, x0, progress: float, T: int, generator):
     """What a stage maximises and its logs, each (B,). In the logs `elbo` is the bound alone, in
-    nats per answer. T counts in the order stage only."""
+    nats per answer. T matters in the order stage only."""
     c = run.config
-    half = c.dtype == "bfloat16" or (c.dtype == "auto" and run.device.type == "cuda")
-
-    # Stage 1 and the control: a random order.
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.half):
+        # Stage 1 and the control: a random order.
         if networks.posterior is None:
             elbo = denoiser_elbo(networks.model, prompt, x0, generator)
             return elbo, {"elbo": elbo.detach()}

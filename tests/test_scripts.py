@@ -638,7 +638,7 @@ def test_a_step_climbs_the_bound_per_token_clipped_at_1(ready, monkeypatch):
     prompt, x0 = train.batch_at(ready, "order", step, 4)
     value, _ = objective(ready, networks, prompt, x0, step / 20, 4, generator)
     loss = -value.sum() / 4 / 16  # of 4 examples, 16 positions
-    parameters = [*networks.model.parameters(), *networks.posterior.parameters()]
+    parameters = networks.parameters()
     by_hand = torch.autograd.grad(loss, parameters)
     norm = sum(g.square().sum() for g in by_hand).sqrt()
 

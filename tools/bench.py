@@ -107,7 +107,7 @@ def activation_bytes(c, B: int, P: int, states: int, written: float, half: bool)
     return 4 * kept * (0.67 if half else 1) + 4 * c.vocab_size * written
 
 
-def costs(stage: str, run: train.Run, half: bool) -> dict:
+def costs(stage: str, run: train.Run) -> dict:
     """What a stage costs by formula, without a weight in memory."""
     c = run.config
     steps, B = train.stage_size(stage, c)
@@ -131,10 +131,10 @@ def costs(stage: str, run: train.Run, half: bool) -> dict:
         states = 1 + c.K
         written *= states + 1                  # but all of it for L_1
     flops = forward_flops(sizes, B, P, states, written)
-    kept = activation_bytes(sizes, B, P, states, written, half)
+    kept = activation_bytes(sizes, B, P, states, written, run.half)
     if stage == "order":
         flops += forward_flops(of_posterior, B, P)
-        kept += activation_bytes(of_posterior, B, P, 1, 0, half)
+        kept += activation_bytes(of_posterior, B, P, 1, 0, run.half)
     updates = sum(update_flops(network) for network in networks)
     return {"parameters": sum(p.numel() for network in networks for p in network.parameters()),
             "steps": steps, "examples": B, "tokens": B * (P + states * c.answer_len),
@@ -236,11 +236,10 @@ def measure(jobs: dict, rounds: int, device) -> dict:
 def bench(run: train.Run, args) -> dict:
     c = run.config
     device = run.device
-    half = c.dtype == "bfloat16" or (c.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    dtype = torch.bfloat16 if run.half else torch.float32
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.half)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    result = {"train": costs("denoiser", run, half), "order": costs("order", run, half),
+    result = {"train": costs("denoiser", run), "order": costs("order", run),
               "meta": {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype),
                        **versions(), "args": {**vars(args), "json": str(args.json)},
                        "config": asdict(c)}}
