@@ -200,7 +200,8 @@ POSTERIOR = {
     "q is not charged for its order": (ADVANTAGE, ADVANTAGE.replace("L_t", "reconstruction"),
                                        GRADIENT),
     "advantage not detached": (ADVANTAGE, ADVANTAGE.replace(".detach()", ""), GRADIENT),
-    "the logged bound without its KL": ('"elbo": bound', '"elbo": over_steps(reconstruction)', LOGS),
+    "the logged bound without its KL": ('"elbo": bound', '"elbo": over_steps(reconstruction)',
+                                        LOGS),
     "the logs carry a gradient": ("log.detach() for name", "log for name", LOGS),
     "no REINFORCE": (VALUE, VALUE.replace(" + (T - 1) * surrogate.mean(1)", ""), GRADIENT),
     "no pathwise term": (VALUE, VALUE.replace("bound", "bound.detach()"), GRADIENT),
@@ -427,6 +428,6 @@ def test_the_baseline_costs_no_bias_and_lowers_the_variance(seed, K, monkeypatch
 def test_the_own_step_in_the_score_term_costs_no_bias_but_adds_variance(seed, monkeypatch):
     """L_t does not depend on the gates of step t, so they would only add noise of mean 0."""
     mean, variance = phi_gradient(seed, 2, monkeypatch, L=3, T=3, nats=0)
-    own_mean, own_variance = phi_gradient(seed, 2, monkeypatch, "before_t = (u < t)[:, None, None]",
-                                          "before_t = (u <= t)[:, None, None]", L=3, T=3, nats=0)
+    own_mean, own_variance = phi_gradient(seed, 2, monkeypatch, "of_step_u * (u < t)",
+                                          "of_step_u * (u <= t)", L=3, T=3, nats=0)
     assert (mean - own_mean).abs().max() < 1e-10 and variance < own_variance
