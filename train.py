@@ -1,6 +1,6 @@
 """Train a denoiser, then its generation order; then one table.
 
-    python train.py                                    the toy task, half an hour of a CPU core
+    python train.py                                    the toy task, 15 to 30 minutes of a CPU core
     python train.py --preset gsm8k --data_dir DIR      GSM8K's train.jsonl and test.jsonl
     python train.py --resume                           go on where a stopped run was saved
     python train.py --stages order                     the order stage alone, from out/denoiser.pt
@@ -134,7 +134,7 @@ PRESETS = {
         # the paper's, as summaries report it: 170M parameters, 45,000 x 256, then 15,000 x 32 x 8
         dataset="gsm8k-aug", max_steps_denoiser=45_000, batch_size=256, max_steps_order=15_000,
         batch_size_order=32, K=8,
-        # ours (131M parameters, 32M more for the posterior)
+        # ours (131M parameters, 30M more for the posterior)
         prompt_len=256, answer_len=128, n_layer=18, n_head=12, n_embd=768, n_layer_posterior=4,
         # unknown, chosen by us without a run (tau and tau_end are the toy's)
         lr_matrix=0.005, lr_other=5e-4),
