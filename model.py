@@ -203,22 +203,22 @@ def nth_score(score, masked, steps_left):
 
 
 def first_order(length: int):
-    """The order that p begins with, as biases (length,): 0, 3.2, 6.4, 9.6, 2.7 .. of 60.
+    """The order that p begins with, as biases (length,): 0, 3.1, 6.2, 9.2, 2.3 .. of 60.
 
     The KL pulls q to what p can predict, so q soon follows this order, and improves on it from
     there. If p could at first only predict the same for two tied operands, the KL would pull q to
     equal scores, and one step would open both. So positions next to each other or two apart, as the
-    operands of an equation are, differ by 3 or more (on a canvas of 16 or more): the first term
+    operands of an equation are, differ by 3 or more (on a canvas of 40 or more): the first term
     goes round a ring of length 10 in steps of 3.25.
 
-    The second term falls by 4 over the canvas, so the order is roughly from left to right: what is
+    The second term falls by 10 over the canvas, so the order is roughly from left to right: what is
     written later often depends on what stands before. What is learned keeps some of both. Other
     starts: assets/experiments.md.
     """
     position = torch.arange(length)
     around_the_ring = 0.325 * position % 1
     to_the_right = position / length
-    return 10 * around_the_ring - 4 * to_the_right
+    return 10 * around_the_ring - 10 * to_the_right
 
 
 class MDM(nn.Module):

@@ -284,7 +284,7 @@ def test_gates_stay_finite():
 
 def test_gates_start_roughly_left_to_right_with_neighbours_apart():
     """Whatever the state and the steps left: the logits of positions next to each other or two
-    apart differ by 3 at least. Places a whole number of rings apart show the fall: 4 in all."""
+    apart differ by 3 at least. Places a whole number of rings apart show the fall: 10 in all."""
     model = MDM(ModelConfig(11, 6, 200, 1, 2, 16))
     gates = gates_of(model, torch.randn(8, 200, 16), list(range(1, 9)))
     start = 15 * (gates / 15).atanh()
@@ -292,7 +292,7 @@ def test_gates_start_roughly_left_to_right_with_neighbours_apart():
     assert torch.allclose(start, start[:1].expand(8, 200), atol=1e-3)
     for distance in (1, 2):
         assert (start[:, distance:] - start[:, :-distance]).abs().min() > 3
-    assert torch.allclose(start[:, :-40] - start[:, 40:], torch.tensor(4 * 40 / 200), atol=1e-3)
+    assert torch.allclose(start[:, :-40] - start[:, 40:], torch.tensor(10 * 40 / 200), atol=1e-3)
 
 
 def test_gates_teach_the_network_that_they_look_at():

@@ -108,10 +108,10 @@ def dilated(row, may, knob):
 
 
 def in_first_order(row, may, knob):
-    """Steps of 3.25 around a ring of 10, less a fall of 4 over the canvas; masked / left^1.5."""
+    """Steps of 3.25 around a ring of 10, less a fall of 10 over the canvas; masked / left^1.5."""
     L = len(row.p)
     share = math.ceil(len(may) / (row.T - row.t + 1) ** 1.5)
-    return sorted(may, key=lambda i: -(3.25 * i % 10 - 4 * i / L))[:share]
+    return sorted(may, key=lambda i: -(3.25 * i % 10 - 10 * i / L))[:share]
 
 
 def iid(row, may, knob):
