@@ -289,7 +289,7 @@ def test_the_first_order_reveals_no_pair_in_one_step_from_3_steps_on():
     model = MDM(ModelConfig(enc.n_vocab - 1, 36, answer_len=60, n_layer=1, n_head=2, n_embd=8))
     shares = [pairs_that_meet(model, enc, items, steps, "first_order") for steps in (3, 4, 6, 8)]
     assert shares == [0, 0, 0, 0]
-    assert 0 < pairs_that_meet(model, enc, items, 2, "first_order") < 0.35
+    assert 0 < pairs_that_meet(model, enc, items, 2, "first_order") < 0.3
 
 
 @pytest.mark.parametrize("meet, bounds, signs", [
