@@ -23,7 +23,7 @@ nats      mean log p(true answer) of the sampler that takes this order and draws
 
 Columns: steps, forward passes while a row was unfinished (mean, least - most); 95 %, the interval
 of the score over items (Wilson; of nats 1.96 standard errors); true, the share of the generated
-<<a=b>> that are. A learned order is compared with the best rule of no more mean steps, paired over
+<<a=b>> that are. A learned order is compared with the best rule within its budget, paired over
 items: p of the sign test (McNemar, exact), or with nats the mean difference and 1.96 of its
 standard errors. That rule is picked on test, which favours it.
 
@@ -55,12 +55,12 @@ from tqdm import tqdm
 from common import (UserError, path_of, path_to_write, pick_device, run_script, say, versions,
                     write_json)
 from data import TOY_SIZES, build_tokenizer, decode, encode, final_number, load_splits
-from model import MDM, load_checkpoint
+from model import MDM, load_checkpoint, trim
 from sample import (ORDERS, Order, generate, need_trained_gates, parse_order, parse_orders,
                     parse_steps, whole_number)
 
-EVERY_ORDER = ("learned:0.5,learned,first_order,left_to_right,dilated,confidence,margin,iid,"
-               "threshold,entropy_bound,confidence+eos_last,iid+eos_last,threshold+eos_last,"
+EVERY_ORDER = ("learned:0.5,learned,first_order,left_to_right,dilated,confidence,margin,entropy,"
+               "iid,threshold,entropy_bound,confidence+eos_last,iid+eos_last,threshold+eos_last,"
                "entropy_bound+eos_last")
 
 
@@ -147,14 +147,15 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 def batches(model: MDM, enc, items: list[dict], size: int):
     """The items that fit, `size` at a time, on the model's device: which of `items` they are,
-    their prompts (B, P) and true answers (B, L)."""
+    their prompts (B, P'), without the padding that all of them share, and true answers (B, L)."""
     device = next(model.parameters()).device
     prompt, x0, fitting = encode(items, enc, model.config.prompt_len, model.config.answer_len)
     if not fitting:
         raise UserError(f"none of {len(items)} items fits prompt and canvas of this checkpoint")
     for first in range(0, len(fitting), size):
         batch = slice(first, first + size)
-        yield fitting[batch], prompt[batch].to(device), x0[batch].to(device)
+        prompts = trim(prompt[batch], model.config.pad)
+        yield fitting[batch], prompts.to(device), x0[batch].to(device)
 
 
 def evaluate(model: MDM, enc, items: list[dict], order: Order, cap: int, metric: str, dataset: str,
@@ -231,9 +232,9 @@ def is_learned(row: dict) -> bool:
 
 
 def rival_of(row: dict, rows: list[dict]) -> dict | None:
-    """The best rule that takes no more steps on average than this row of a learned order."""
+    """The best rule within the budget of this row of a learned order."""
     rivals = [other for other in rows
-              if not is_learned(other) and other["steps"][0] <= row["steps"][0]]
+              if not is_learned(other) and other["budget"] <= row["budget"]]
     return max(rivals, key=lambda other: other["score"], default=None)
 
 
@@ -323,11 +324,10 @@ def default_metric(dataset: str) -> str:
 
 
 def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | None = None,
-                  device="cpu", steps: int = 4, bounds: dict | None = None) -> dict:
+                  device="cpu") -> dict:
     """Print, and return, how a trained order does on the first `limit` validation items: learned
-    orders on ckpt.pt and rules on denoiser.pt in `steps` steps; of a toy also the learned order in
-    2 to 16 steps, with the pairs that meet. `bounds`: {"denoiser": nats, "order": nats}, from the
-    checkpoint's log by default."""
+    orders on ckpt.pt and rules on denoiser.pt in 4 steps; of a toy also the learned order in 2 to
+    16 steps, with the pairs that meet. Then what shows that the order has failed."""
     items = items[:limit]
     checkpoints = {"ckpt": load_checkpoint(ckpt_path, device),
                    "denoiser": load_checkpoint(denoiser_path, device)}
@@ -335,8 +335,7 @@ def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | N
     dataset = state["train_config"]["dataset"]
     enc = build_tokenizer(state["pieces"])
     metric = default_metric(dataset)
-    if bounds is None:
-        bounds = bounds_of(state["log"])
+    steps = 4
 
     # The table: learned orders on the one checkpoint, rules on the other.
     rows = []
@@ -363,9 +362,15 @@ def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | N
         say("coherent, %                  " + "".join(f"{x:>7.1f}" for x in coherent.values()))
         say("exchangeable pairs that meet " + "".join(f"{x:>7.1f}" for x in meet.values()))
 
-    signs = failure_signs(meet, bounds)
+    # Has the order failed? If pairs meet, in which equation of the answer?
+    signs = failure_signs(meet, bounds_of(state["log"]))
     for sign in signs:
-        say(f"There is a better order ({sign}): try more --max_steps_order, or another --seed")
+        say(f"{sign}: try more --max_steps_order, or another --seed")
+    budget = first_budget_of_meetings(meet)
+    if budget:
+        shares = pairs_by_equation(model, enc, items, budget)
+        say(f"of the pairs of each equation meet in {budget} steps, in %: "
+            + ", ".join(f"{i + 1}: {100 * share:.1f}" for i, share in shares.items()))
     return {"rows": rows, "coherent": coherent, "meet": meet, "signs": signs}
 
 
@@ -376,16 +381,21 @@ def bounds_of(log: list[dict]) -> dict:
 
 def failure_signs(meet: dict, bounds: dict) -> list[str]:
     """What shows that an order has failed; `meet` in % by steps. From three steps on an order can
-    keep all pairs apart."""
+    keep all pairs apart. Whether 4 steps can do what one token at a time does, nobody knows."""
     signs = []
-    for steps, share in meet.items():
-        if steps >= 3 and share > 1:
-            signs.append(f"in {steps} steps {share:.1f} % of the exchangeable pairs meet")
-            break
+    budget = first_budget_of_meetings(meet)
+    if budget:
+        signs.append(f"There is a better order (in {budget} steps {meet[budget]:.1f} % of the "
+                     "exchangeable pairs meet)")
     if {"denoiser", "order"} <= set(bounds) and bounds["order"] < bounds["denoiser"]:
-        signs.append(f"its bound, {bounds['order']:.2f}, is below stage 1's, "
-                     f"{bounds['denoiser']:.2f}, which is of random orders")
+        signs.append(f"There may be a better order (its bound in 4 steps, {bounds['order']:.2f}, "
+                     f"is below stage 1's, {bounds['denoiser']:.2f}, of one random token a step)")
     return signs
+
+
+def first_budget_of_meetings(meet: dict) -> int | None:
+    """The smallest of at least 3 steps in which more than 1 % of the pairs meet."""
+    return next((steps for steps, share in meet.items() if steps >= 3 and share > 1), None)
 
 
 # --- the file of results --------------------------------------------------------------------------
@@ -494,9 +504,9 @@ def crc_of(items: list[dict]) -> int:
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Accuracy against steps.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="order-trained checkpoint")
-    parser.add_argument("--control", default="out/denoiser.pt", help="other denoisers for the "
-                        "rules, comma-separated: fairer is control.pt of train.py --stages "
-                        "control; empty: none")
+    parser.add_argument("--control", help="other denoisers for the rules, comma-separated: fairer "
+                        "is control.pt of train.py --stages control; denoiser.pt beside --ckpt by "
+                        "default; empty: none")
     parser.add_argument("--orders", default=EVERY_ORDER, help="NAME[:KNOB][+eos_last],..")
     parser.add_argument("--steps", default="1,2,3,4,5,8,16,L", help="budgets, L: no cap")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="to report on")
@@ -510,6 +520,9 @@ def parse_args(argv):
                         help="file of the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    beside = path_of(args.ckpt).parent / "denoiser.pt"
+    if args.control is None:
+        args.control = str(beside) if beside.is_file() else ""
     args.orders = list(dict.fromkeys(parse_orders(args.orders)))
     try:
         args.steps = [parse_steps(text) for text in args.steps.split(",")]

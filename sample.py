@@ -1,8 +1,9 @@
-"""Generate answers in few steps, in the learned order or by a rule.
+r"""Generate answers in few steps, in the learned order or by a rule.
 
     python sample.py --steps 4
     python sample.py --steps 4 --compare learned:0.5,confidence,left_to_right
-    python sample.py --steps 4 --prompt "Max has 8 eggs, buys 1. Ann has 4, sells 2. Together?"
+    python sample.py --steps 4 \
+        --prompt "Max has 8 eggs, buys 1, sells 3. Ann has 4, times 2, sells 2. Together?"
 
 Generation starts from a canvas of MASKs. Each step is one forward pass for all positions:
 
@@ -306,8 +307,8 @@ def generate(model: MDM, prompt, steps: int, order: Order | str = "learned:0.5",
     z = torch.full((B, L), model.config.mask, device=device)
     reveal_step = torch.zeros_like(z)
     total = torch.zeros(B, device=device, dtype=precise(device))
-    cache = model.encode_prompt(trim(prompt, model.config.pad))  # once for all steps
-    rows = torch.arange(B, device=device)                        # of the answers not yet finished
+    cache = model.encode_prompt(prompt)                     # once for all steps
+    rows = torch.arange(B, device=device)                   # of the answers not yet finished
     for t in range(1, T + 1):
         # One forward pass: which tokens, and which gates?
         h = model([part[rows] for part in cache], z[rows])
@@ -425,7 +426,8 @@ def parse_args(argv):
     parser.add_argument("--compare", "--order", default="learned:0.5",
                         help="one order, or several, comma-separated, to see side by side")
     parser.add_argument("--prompt", help="a question of your own; validation questions otherwise")
-    parser.add_argument("--num_samples", type=whole_number, default=3)
+    parser.add_argument("--num_samples", type=whole_number,
+                        help="answers to show: 3 by default, to --prompt 1")
     parser.add_argument("--seed", type=int, default=0, help="of the gates' and tokens' draws")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--data_dir", help="GSM8K's files, if not where training found them")
@@ -443,7 +445,7 @@ def parse_args(argv):
 
 
 def items_to_show(args, config: dict, enc, model_config):
-    """At most --num_samples items that fit, and their prompts (N, P)."""
+    """--num_samples items that fit, or the one question of --prompt, and their prompts (N, P)."""
     if args.prompt is not None:
         item = {"question": args.prompt.strip(), "answer": "", "target": ""}
         prompt, _, fitting = encode([item], enc, model_config.prompt_len, model_config.answer_len)
@@ -457,7 +459,7 @@ def items_to_show(args, config: dict, enc, model_config):
     prompt, _, fitting = encode(items, enc, model_config.prompt_len, model_config.answer_len)
     if not fitting:
         raise UserError(f"none of {len(items)} validation items fits this checkpoint's canvas")
-    fitting = fitting[: args.num_samples]
+    fitting = fitting[: args.num_samples or 3]
     return [items[i] for i in fitting], prompt[: len(fitting)]
 
 
@@ -475,14 +477,14 @@ def main(argv=None):
     config = state["train_config"]
     items, prompt = items_to_show(args, config, enc, model.config)
 
-    # A question of one's own is repeated; each sample has its own seed. A few at a time: the first
-    # are seen at once, and any number fits into memory.
-    total = args.num_samples if args.prompt is not None else len(items)
+    # A question of one's own may be repeated; each sample has its own seed. A few at a time: the
+    # first are seen at once, and any number fits into memory.
+    total = len(items) if args.prompt is None else args.num_samples or 1
     for first in range(0, total, 16):
         samples = range(first, min(first + 16, total))
         rows = [sample % len(items) for sample in samples]
         seeds = [args.seed + sample for sample in samples]
-        prompts = prompt[rows].to(device)
+        prompts = trim(prompt[rows], model.config.pad).to(device)
         outs = [generate(model, prompts, args.steps, order, seeds=seeds,
                          temperature=args.temperature) for order in orders]
         for i, row in enumerate(rows):

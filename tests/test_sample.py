@@ -474,6 +474,27 @@ def test_a_question_of_ones_own_is_sampled_a_few_at_a_time(ckpt, monkeypatch):
     assert batches == [(16, 7), (16, 23), (16, 39)]
 
 
+@pytest.mark.parametrize("argv, shown", [
+    ([], 3), (["--num_samples", "2"], 2), (["--prompt", "Jo has 3 pens."], 1),
+    (["--prompt", "Jo has 3 pens.", "--num_samples", "2"], 2)])
+def test_three_answers_are_shown_but_one_to_a_question_of_ones_own(ckpt, argv, shown, capfd):
+    """A second one to the same question, by an order that draws nothing, would be the same."""
+    status, out, _ = outcome(sample, [*ckpt, *argv], capfd)
+    assert status == 0 and out.count("question  ") == shown
+
+
+def test_a_prompt_is_read_as_it_is_given(straight, monkeypatch):
+    """A denoiser of one's own may have padding on the left, or a pad inside a prompt."""
+    model, _ = load_checkpoint(straight / "ckpt.pt")
+    prompt = torch.tensor([[model.config.pad, model.config.pad, 5, model.config.pad, 6]])
+    read = []
+    encode_prompt = model.encode_prompt
+    monkeypatch.setattr(model, "encode_prompt",
+                        lambda prompt: read.append(prompt) or encode_prompt(prompt))
+    generate(model, prompt, 2)
+    assert len(read) == 1 and torch.equal(read[0], prompt)
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--num_samples", "L"], "whole number"), (["--num_samples", "0"], "whole number"),
     (["--steps", "0"], "whole number"), (["--steps", "l"], "or L"), (["--seed", "-1"], "--seed"),
