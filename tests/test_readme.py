@@ -200,11 +200,23 @@ def best_published(run, steps):
     return max(score(run, rule, steps) for rule in rules if rule != "first_order")
 
 
-@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
-def test_the_toys_table_is_that_of_the_json(text):
+def runs_of(name: str):
+    return json.loads((ROOT / f"assets/{name}_seeds.json").read_text())["rows"]
+
+
+def section(name: str):
+    """What stands in the results under `## NAME`, or `## NAME, ...`."""
+    return re.split(rf"\n## {name}\b.*\n", RESULTS)[1].split("\n## ")[0]
+
+
+TOYS = {"The toy": "toy", "toy2": "toy2"}  # sections of the results, and their JSON
+
+
+@pytest.mark.parametrize("title", ["README", *TOYS])
+def test_a_toys_table_is_that_of_the_json(title):
     """Coherent answers of each order within each number of steps, over seeds."""
-    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
-    text = text.split("(commit")[0]
+    runs = runs_of(TOYS.get(title, "toy"))
+    text = README if title == "README" else section(title)
     [(header, rows)] = [table for table in tables(text) if table[0][0] == "order, coherent %"]
     budgets = [re.match(r"\d+", name)[0] for name in header[1:]]
     assert len(rows) >= 5
@@ -218,14 +230,15 @@ def test_the_toys_table_is_that_of_the_json(text):
             assert shown == cell(values), (order, steps)
 
 
-def test_the_leads_are_those_of_the_json():
+@pytest.mark.parametrize("title", TOYS)
+def test_the_leads_are_those_of_the_json(title):
     """Of each seed: the best published rule, and p's first order."""
-    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
+    runs = runs_of(TOYS[title])
 
     def first(run, steps):
         return score(run, "first_order", steps)
 
-    [(header, rows)] = [table for table in tables(RESULTS) if table[0][:2] == ["", "2"]]
+    [(header, rows)] = [table for table in tables(section(title)) if table[0][:2] == ["", "2"]]
     steps = header[1:]
     learned = [median(score(run, "learned:0.5", n) for run in runs) for n in steps]
     expected = [learned]
@@ -236,15 +249,45 @@ def test_the_leads_are_those_of_the_json():
     assert [row[1:] for row in rows] == [[f"{value:.1f}" for value in row] for row in expected]
 
 
-def test_the_seeds_are_those_of_the_json():
+@pytest.mark.parametrize("title", TOYS)
+def test_the_seeds_are_those_of_the_json(title):
     """One line a training run: bound, coherent and pairs that meet by steps, best rule."""
-    runs = json.loads((ROOT / "assets/toy_seeds.json").read_text())["rows"]
-    for run in runs:
+    for run in runs_of(TOYS[title]):
         coherent = ", ".join(f"{value:.1f}" for value in run["coherent_by_steps"].values())
         meet = ", ".join(f"{value:.1f}" for value in run["same_step_by_steps"].values())
         assert (f"| {run['seed']} | {run['val']:.2f} ± {run['val_se']:.2f} | {coherent} | {meet} | "
                 f"{run['best_rule_coherent']:.1f} ({run['best_rule']}) | {run['sequential']:.1f} | "
-                f"{run['minutes']:.1f} |") in RESULTS
+                f"{run['minutes']:.1f} |") in section(title)
+
+
+def test_the_tables_of_gsm8k_are_those_of_the_json():
+    """Each order on its best checkpoint: log p, its standard error, accuracy; and what the learned
+    order has more, item by item."""
+    best = {}
+    for row in json.loads((ROOT / "assets/gsm8k/eval.json").read_text())["rows"]:
+        of = row["asked"], str(row["budget"])
+        if of not in best or row["score"] > best[of]["score"]:
+            best[of] = row
+
+    def mean_and_error(values, sign=""):
+        values = torch.tensor(values, dtype=torch.float64)
+        error = values.std(correction=0) / len(values) ** 0.5
+        return f"{values.mean():{sign}.1f} ± {error:.1f}"
+
+    shown = {header[0]: (header, rows) for header, rows in tables(section("GSM8K"))}
+    header, rows = shown["order"]
+    budgets = [re.match(r"\d+", name)[0] for name in header[1:]]
+    for name, *cells in rows:
+        for steps, cell in zip(budgets, cells, strict=True):
+            row = best[name.split(",")[0], steps]
+            assert cell == f"{mean_and_error(row['nats'])}, {100 * row['accuracy']:.1f} %"
+    header, others = shown["learned:0.5 less"]
+    for name, *cells in others:
+        for steps, cell in zip(budgets, cells, strict=True):
+            learned = best["learned:0.5", steps]["nats"]
+            other = best[name.split(",")[0], steps]["nats"]
+            assert cell == mean_and_error([a - b for a, b in zip(learned, other)], "+")
+    assert len(rows) == len(others) + 1 == 6
 
 
 def test_what_the_toy_leaves_open_is_ln_2_a_pair_that_may_change_places():
