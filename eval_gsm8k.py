@@ -369,8 +369,8 @@ def closing_table(ckpt_path, denoiser_path, items: list[dict], *, limit: int | N
     budget = first_budget_of_meetings(meet)
     if budget:
         shares = pairs_by_equation(model, enc, items, budget)
-        say(f"of the pairs of each equation meet in {budget} steps, in %: "
-            + ", ".join(f"{i + 1}: {100 * share:.1f}" for i, share in shares.items()))
+        words = [f"{i + 1}: {100 * share:.1f}" for i, share in shares.items() if share > 0]
+        say(f"pairs that meet in {budget} steps, in % of each equation: {', '.join(words)}")
     return {"rows": rows, "coherent": coherent, "meet": meet, "signs": signs}
 
 

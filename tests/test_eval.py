@@ -339,7 +339,7 @@ def test_the_closing_table_returns_what_it_prints(toy_run, capsys):
     assert any("-9.00, is below stage 1's, -3.00" in sign for sign in found["signs"])
     for sign in found["signs"]:
         assert f"{sign}: try more --max_steps_order, or another --seed" in printed
-    assert "of the pairs of each equation" not in printed  # at most 1 % meet
+    assert "in % of each equation" not in printed  # at most 1 % meet
 
 
 def test_the_closing_table_says_in_which_equations_pairs_meet(toy_run, monkeypatch, capsys):
@@ -351,7 +351,7 @@ def test_the_closing_table_says_in_which_equations_pairs_meet(toy_run, monkeypat
     closing_table(toy_run / "ckpt.pt", toy_run / "denoiser.pt", TOY, limit=1)
     printed = capsys.readouterr().out
     assert "There is a better order (in 4 steps 50.0 %" in printed
-    assert "of the pairs of each equation meet in 4 steps, in %: 1: 0.0, 9: 4.0\n" in printed
+    assert "pairs that meet in 4 steps, in % of each equation: 9: 4.0\n" in printed
 
 
 def test_the_closing_table_of_other_data_has_no_pairs(straight, fast, capsys):
