@@ -126,7 +126,7 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    "toy2": dict(dataset="toy2"),  # stories told forwards or backwards
+    "toy2": dict(dataset="toy2", max_steps_order=4400),  # stories told forwards or backwards
     "gsm8k": dict(dataset="gsm8k", prompt_len=192, answer_len=64, n_layer=4, n_pieces=3072,
                   batch_size=16, max_steps_denoiser=7000, batch_size_order=8, max_steps_order=2400,
                   eval_items=128),

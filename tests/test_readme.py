@@ -57,7 +57,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     stands_for = {"DIR": data, "CKPT": "out/ckpt.pt"}
     words = [word.replace("$s", "0").replace("*", "0") for word in shlex.split(command)]
     script, *flags = [stands_for.get(word, word) for word in words]
-    for name in {"out", *re.findall(r"\b(?:out2?_\w+|ex)\b", " ".join(flags))}:
+    for name in {"out", *re.findall(r"\b(?:out2?\w*_\w+|ex)\b", " ".join(flags))}:
         shutil.copytree(straight, tmp_path / name)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_every_command_runs(command, fast, straight, tmp_path, monkeypatch, caps
     if "out_mine" in command or "right_to_left" in command or "--resume" in flags:
         return  # the recipes' own tests run it, and test_scripts.py stops a run and goes on with it
     if script == "tools.seeds":  # it wants runs of a toy: test_tools.py has one
-        assert tools.seeds.parse_args(flags).json.name in ("toy_seeds.json", "toy2_seeds.json")
+        assert tools.seeds.parse_args(flags).json.name.endswith("_seeds.json")
         return
     if "--help" in flags:
         tiny = []
@@ -210,6 +210,7 @@ def section(name: str):
 
 
 TOYS = {"The toy": "toy", "toy2": "toy2"}  # sections of the results, and their JSON
+LONG = {"toy2 with": "toy2_long"}          # of one seed
 
 
 @pytest.mark.parametrize("title", ["README", *TOYS])
@@ -249,10 +250,10 @@ def test_the_leads_are_those_of_the_json(title):
     assert [row[1:] for row in rows] == [[f"{value:.1f}" for value in row] for row in expected]
 
 
-@pytest.mark.parametrize("title", TOYS)
+@pytest.mark.parametrize("title", TOYS | LONG)
 def test_the_seeds_are_those_of_the_json(title):
     """One line a training run: bound, coherent and pairs that meet by steps, best rule."""
-    for run in runs_of(TOYS[title]):
+    for run in runs_of((TOYS | LONG)[title]):
         coherent = ", ".join(f"{value:.1f}" for value in run["coherent_by_steps"].values())
         meet = ", ".join(f"{value:.1f}" for value in run["same_step_by_steps"].values())
         assert (f"| {run['seed']} | {run['val']:.2f} ± {run['val_se']:.2f} | {coherent} | {meet} | "
