@@ -12,15 +12,16 @@ has only V outputs. The prompt attends to itself only, so it is read once, by al
 example in training and by all steps in sampling. Its states cannot depend on what is written, which
 may cost accuracy.
 
-Stage 1 trains the token head with the usual bound. Masking each position with probability m,
-m ~ U(0, 1),
+Stage 1 trains the trunk and the token head with the usual bound. Masking each position with
+probability m, m ~ U(0, 1),
 
     log p(x0 | c)  >=  E_m E_z  (1/m) sum_{i masked} log p(x0^i | z)        (MDLM, LLaDA)
 
 where 1/m gives each token its due weight (assets/derivation.md). Every order is equally likely
 there; posterior.py replaces the random order by a learned one.
 
-Axes: B batch, K orders, P prompt, L answer canvas, V vocabulary without MASK, D width, H heads.
+Axes: B batch, N states of each prompt, P prompt, L answer canvas, V vocabulary without MASK,
+D width, H heads.
 Simplified against common practice: no dropout, no weight tying, no bias but the gate head's.
 """
 
@@ -145,11 +146,11 @@ class Trunk(nn.Module):
         return torch.stack(kvs, dim=1), not_pad
 
     def forward(self, cache, answer):
-        """Hidden states (B*K, L, D) of answers (B*K, L), K in a row for each prompt of cache."""
-        K = len(answer) // len(cache[0])
-        prompt_kv, not_pad = (part.repeat_interleave(K, 0) for part in cache)
+        """Hidden states (B*N, L, D) of answers (B*N, L), N in a row for each prompt of cache."""
+        N = len(answer) // len(cache[0])
+        prompt_kv, not_pad = (part.repeat_interleave(N, 0) for part in cache)
         everywhere = torch.ones_like(answer, dtype=torch.bool)
-        attend = torch.cat([not_pad, everywhere], dim=1)[:, None, None]   # (B*K, 1, 1, P + L)
+        attend = torch.cat([not_pad, everywhere], dim=1)[:, None, None]   # (B*N, 1, 1, P + L)
         x, rotation = self.embed(answer, self.config.prompt_len)
         for block, kv in zip(self.blocks, prompt_kv.unbind(1)):
             kv = torch.cat([kv, block.keys_values(x, rotation)], dim=-2)  # prompt, then answer
@@ -185,13 +186,13 @@ class GateHead(nn.Module):
         return 15 * torch.tanh(logits / 15)  # [NEW] soft-capped, so every log stays finite
 
 
-def step_share(masked, steps_left):
+def step_share(masked, steps_left, power: float = 1.5):
     """n, how many of the masked positions are a step's share: (..., L) -> (..., 1).
 
-    The shares grow, for the first steps know least: with a power of 1 in place of 1.5 they would be
-    equal. Of 60 positions the shares of 4 steps are 8, 11, 15 and 26.
+    The shares grow, for the first steps know least: with a power of 1 they would be equal. Of 60
+    positions the shares of 4 steps are 8, 11, 15 and 26.
     """
-    return torch.ceil(masked.sum(-1, keepdim=True) / steps_left**1.5).long()
+    return torch.ceil(masked.sum(-1, keepdim=True) / steps_left**power).long()
 
 
 def nth_score(score, masked, steps_left):
@@ -222,7 +223,7 @@ def first_order(length: int):
 
 
 class MDM(nn.Module):
-    """The denoiser p_theta: trunk, token head (Eq. 2), gate head (Eq. 1)."""
+    """p: the denoiser, which is trunk and token head (Eq. 2), and the gate head (Eq. 1)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -234,7 +235,7 @@ class MDM(nn.Module):
         nn.init.zeros_(self.token_head.weight)
 
     def forward(self, cache, z):
-        """Hidden states (B*K, L, D), for the heads below: logits only where they are needed."""
+        """Hidden states (B*N, L, D), for the heads below: logits only where they are needed."""
         return self.trunk(cache, z)
 
     def log_p(self, h):
@@ -244,7 +245,7 @@ class MDM(nn.Module):
     def gate_logits(self, h, masked, steps_left):
         """logit of alpha, float32: h (..., L, D), masked (..., L), steps_left (..., 1) -> (..., L).
         Logits of revealed positions mean nothing."""
-        return self.gate_head(h.float(), masked, steps_left)
+        return self.gate_head(h, masked, steps_left)
 
 
 def log_p_of(model: MDM, h, x0, masked):

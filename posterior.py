@@ -32,7 +32,7 @@ README.md has the idea, assets/derivation.md each equation with numbers; this is
                        A_t^k = L_t^k - mean of L_t over the other K - 1 orders of the example
          grad: for the parameters of p and of q; ^k: of order k of an example
 
-[NEW] marks what the paper does not have.
+[NEW] marks what the paper does not have, as far as we know it.
 """
 
 import torch
@@ -199,7 +199,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
     # L_t, Eq. 5 and 6.
-    reconstruction = (log_q.exp() * masked * log_p).sum(-1)                           # (B, 1+K)
+    reconstruction = (log_q.exp() * log_p).sum(-1)                           # (B, 1+K)
     kl = step_kl(log_q, gate_logits, masked, steps_left == 1)
     L_t = reconstruction - kl
 

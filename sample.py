@@ -11,8 +11,8 @@ Generation starts from a canvas of MASKs. Each step is one forward pass for all 
     tokens   each takes its most probable token, independently of the others (or, with a
              temperature, one drawn from p^(1/temperature))
 
-and the last allowed step reveals whatever is left. Only the order differs between the learned
-sampler and the rules that it is compared with. An order is named
+and the last allowed step reveals whatever is left. The learned sampler and the rules that it is
+compared with differ in nothing but which positions a step takes, and how many. An order is named
 
     NAME[:KNOB][+eos_last]          learned:0.5, threshold:0.9+eos_last
 
@@ -75,10 +75,10 @@ def top_k(score, masked, k):
     return (rank < k) & masked
 
 
-def even_share(score, state: State):
-    """The best of an even split of what is masked over the steps that are left, rounded up."""
-    steps_left = state.T - state.t + 1
-    k = torch.ceil(state.masked.sum(-1, keepdim=True) / steps_left)
+def best_share(score, state: State):
+    """The best of this step's share of what is masked. With a knob of 1 the steps that are left
+    have equal shares; the larger it is, the more they grow. Those of the learned order have 1.5."""
+    k = step_share(state.masked, state.T - state.t + 1, state.knob).clamp(min=1)
     return top_k(score, state.masked, k)
 
 
@@ -122,23 +122,23 @@ def draw_gates(logits, state: State):
 
 def left_to_right(state: State):
     position = torch.arange(state.masked.shape[1], device=state.masked.device)
-    return even_share(-position.expand(state.masked.shape).float(), state)
+    return best_share(-position.expand(state.masked.shape).float(), state)
 
 
 def entropy(state: State):
     """Lowest H^i first (Dream, 2508.15487)."""
-    return even_share(-entropy_of(state), state)
+    return best_share(-entropy_of(state), state)
 
 
 def confidence(state: State):
     """Highest c^i first (MaskGIT, 2202.04200; LLaDA, 2502.09992)."""
-    return even_share(confidence_of(state), state)
+    return best_share(confidence_of(state), state)
 
 
 def margin(state: State):
     """Largest gap between the two most probable tokens first (Kim et al., 2502.06768)."""
     best = state.log_p.exp().topk(2, dim=-1).values
-    return even_share(best[..., 0] - best[..., 1], state)
+    return best_share(best[..., 0] - best[..., 1], state)
 
 
 def dilated(state: State):
@@ -161,16 +161,17 @@ def dilated(state: State):
 def in_first_order(state: State):
     """[NEW] The order that p's gates begin with, in shares as theirs: what learning starts from."""
     score = first_order(state.masked.shape[1]).to(state.masked.device)
-    k = step_share(state.masked, state.T - state.t + 1)
-    return top_k(score.expand(state.masked.shape), state.masked, k)
+    return best_share(score.expand(state.masked.shape), state)
 
 
 # --- rules: what is found safe, at least one position ---------------------------------------------
 
 def iid(state: State):
-    """Each position has a time of its own, uniform in 1..T and drawn beforehand; steps at which
-    nothing opens are not taken."""
-    time = (state.order_noise * state.T).long().masked_fill(~state.masked, state.T)
+    """Each position has a step of its own, drawn beforehand: uniform in 1..T, or, with a knob above
+    1, late ones more often, as many up to t as are (t / T)^knob. A step at which nothing opens is
+    not taken."""
+    time = state.order_noise ** (1 / state.knob) * state.T
+    time = time.long().masked_fill(~state.masked, state.T)
     return time == time.amin(-1, keepdim=True)
 
 
@@ -192,13 +193,13 @@ def entropy_bound(state: State):
 
 ORDERS = {  # name: (rule, its default knob, knobs that eval_gsm8k.py tries where none is given)
     "learned": (learned, None, []),
-    "left_to_right": (left_to_right, None, []),
-    "confidence": (confidence, None, []),
-    "margin": (margin, None, []),
-    "entropy": (entropy, None, []),
+    "left_to_right": (left_to_right, 1.0, []),
+    "confidence": (confidence, 1.0, []),
+    "margin": (margin, 1.0, []),
+    "entropy": (entropy, 1.0, []),
     "dilated": (dilated, 2.0, [1.0, 1.5, 2.0, 3.0]),
-    "first_order": (in_first_order, None, []),
-    "iid": (iid, None, []),
+    "first_order": (in_first_order, 1.5, []),
+    "iid": (iid, 1.0, []),
     "threshold": (threshold, 0.9, [0.3, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]),
     "entropy_bound": (entropy_bound, 0.01, [1e-3, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 20.0]),
 }
@@ -246,11 +247,9 @@ def parse_order(text: str) -> Order:
         knob = float(number)
     except ValueError:
         raise UserError(f"the knob of order {text!r} is not a number") from None
-    _, default, _ = ORDERS[name]
-    takes_a_knob = default is not None or name == "learned"
-    least = 0.01 if name == "dilated" else 0
-    if not takes_a_knob or not least <= knob <= 100:
-        raise UserError(f"order {text!r} has no knob, or not one of {least} to 100")
+    least = 0 if name in ("learned", "threshold", "entropy_bound") else 0.01
+    if not least <= knob <= 100:
+        raise UserError(f"order {text!r}: the knob of {name} is a number of {least} to 100")
     return Order(name, knob, bool(eos_last))
 
 
@@ -285,6 +284,13 @@ def noise_of(seeds, T: int, L: int, device):
         drawn.append(torch.rand(T + 2, L + 1, generator=generator, dtype=torch.float64))
     noise = torch.stack(drawn).to(device, precise(device))                # (B, T + 2, L + 1)
     return noise[:, :T, :L], noise[:, :T, L], noise[:, T, :L], noise[:, T + 1, :L]
+
+
+def choose_tokens(log_p, temperature: float, noise):
+    """The likeliest token of each position, or one drawn from p^(1/temperature): (B, L)."""
+    if temperature == 0:
+        return log_p.argmax(-1)
+    return sample_categorical((log_p / temperature).log_softmax(-1), noise)
 
 
 @torch.no_grad()
@@ -325,12 +331,10 @@ def generate(model: MDM, prompt, steps: int, order: Order | str = "learned:0.5",
             reveal = masked & order(state)
 
         # Each chosen position takes a token, independently of the others.
-        if x0 is not None:
-            tokens = x0[rows]
-        elif temperature > 0:
-            tokens = sample_categorical((log_p / temperature).log_softmax(-1), token_noise[rows])
+        if x0 is None:
+            tokens = choose_tokens(log_p, temperature, token_noise[rows])
         else:
-            tokens = log_p.argmax(-1)
+            tokens = x0[rows]
         z[rows] = torch.where(reveal, tokens, z[rows])
         log_p_tokens = log_p.gather(-1, tokens[..., None]).squeeze(-1)
         total[rows] += (log_p_tokens * reveal).sum(-1)

@@ -33,7 +33,9 @@ from tables import TableModel, answers, log_p_gates, log_p_tokens, orders
 V = 5
 EOS = 3  # PAD is 4
 KNOBS = {"learned": [None, 0.3, 0.6, 0.99], "threshold": [0.35, 0.5, 0.95],
-         "entropy_bound": [0.0, 0.7, 3.0], "dilated": [1.0, 2.0, 3.0]}
+         "entropy_bound": [0.0, 0.7, 3.0], "dilated": [1.0, 2.0, 3.0],
+         **dict.fromkeys(("left_to_right", "confidence", "margin", "entropy", "first_order", "iid"),
+                         [None, 1.0, 1.5, 2.0, 100.0])}
 # Orders as a user names them, adaptive ones at knobs that reveal sometimes one, sometimes several.
 RULES = ["learned:0.5", "learned", "left_to_right", "confidence", "margin", "entropy", "dilated",
          "first_order", "iid", "threshold:0.5", "entropy_bound:0.5"]
@@ -91,12 +93,13 @@ def H(row, i):
     return -sum(x * math.log(x) for x in row.p[i])
 
 
-def even_share(score):
-    """ceil(what may be revealed / steps left) of the highest score, leftmost first.
+def share(score, knob_as_published=1):
+    """ceil(what may be revealed / steps left^knob) of the highest score, leftmost first.
     A definition takes a row, the positions that it may reveal, and a knob."""
     def define(row, may, knob):
-        share = math.ceil(len(may) / (row.T - row.t + 1))
-        return sorted(may, key=lambda i: -score(row, i))[:share]
+        left = row.T - row.t + 1
+        n = math.ceil(len(may) / left ** (knob_as_published if knob is None else knob))
+        return sorted(may, key=lambda i: -score(row, i))[:n]
     return define
 
 
@@ -107,16 +110,9 @@ def dilated(row, may, knob):
     return sorted(may, key=lambda i: f"{i:010b}"[::-1])[:share]
 
 
-def in_first_order(row, may, knob):
-    """Steps of 3.25 around a ring of 10, less a fall of 10 over the canvas; masked / left^1.5."""
-    L = len(row.p)
-    share = math.ceil(len(may) / (row.T - row.t + 1) ** 1.5)
-    return sorted(may, key=lambda i: -(3.25 * i % 10 - 10 * i / L))[:share]
-
-
 def iid(row, may, knob):
-    """The earliest of uniform times in 1..T."""
-    time = {i: math.floor(row.order_noise[i] * row.T) for i in may}
+    """The earliest of times in 1..T, of which a share (t / T)^knob is up to t."""
+    time = {i: math.floor(row.order_noise[i] ** (1 / (knob or 1)) * row.T) for i in may}
     return [i for i in may if time[i] == min(time.values())]
 
 
@@ -145,11 +141,13 @@ def learned(row, may, knob):
 
 
 DEFINITIONS = {
-    "left_to_right": even_share(lambda row, i: -i),
-    "confidence": even_share(lambda row, i: max(row.p[i])),
-    "margin": even_share(lambda row, i: sorted(row.p[i])[-1] - sorted(row.p[i])[-2]),
-    "entropy": even_share(lambda row, i: -H(row, i)),
-    "dilated": dilated, "first_order": in_first_order, "iid": iid, "threshold": threshold,
+    "left_to_right": share(lambda row, i: -i),
+    "confidence": share(lambda row, i: max(row.p[i])),
+    "margin": share(lambda row, i: sorted(row.p[i])[-1] - sorted(row.p[i])[-2]),
+    "entropy": share(lambda row, i: -H(row, i)),
+    # Steps of 3.25 around a ring of 10, less a fall of 10 over the canvas.
+    "first_order": share(lambda row, i: -10 * i / len(row.p) + 3.25 * i % 10, 1.5),
+    "dilated": dilated, "iid": iid, "threshold": threshold,
     "entropy_bound": entropy_bound, "learned": learned}
 
 
@@ -227,7 +225,7 @@ def test_learned_without_a_knob_draws_and_is_never_tuned():
 
 
 @pytest.mark.parametrize("text", [
-    "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:3", "learned:.5:.5:.5",
+    "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:0", "iid:0", "learned:.5:.5:.5",
     "learned:0.5:", "threshold:high", "threshold:1.2.3", "threshold:-",
     "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8",
     "dilated:600", "dilated:0", "threshold:-1"])
