@@ -4,6 +4,7 @@ it says, and bad flags are told at the start."""
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -406,6 +407,20 @@ def test_rows_of_other_runs_stay_and_what_is_there_is_not_measured_again(
     assert json.loads(path.read_text())["rows"] == both
     printed = capsys.readouterr().out
     assert "median of 2 runs" in printed and "out_4: bound -10.00" in printed
+
+
+def test_the_best_published_rule_is_taken_in_each_run_and_first_order_is_none(capsys):
+    def row(learned, first_order, iid, margin):
+        orders = {rule: {"4": [0.0]} for rule in seeds.RULES}
+        orders |= {"first_order": {"4": [first_order]}, "iid": {"4": [iid]},
+                   "margin": {"4": [margin]}}
+        return {"coherent_by_steps": {"4": learned}, "same_step_by_steps": {"4": 1.0},
+                "orders": orders}
+
+    seeds.show_medians([row(90.0, 80.0, 30.0, 10.0), row(96.0, 70.0, 20.0, 60.0)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.split(r"  +", line) == ["4", "93.0 (90.0 - 96.0)", "45.0 (30.0 - 60.0)",
+                                      "75.0 (70.0 - 80.0)", "1.0 (1.0 - 1.0)"]
 
 
 def test_a_row_without_rules_is_shown_and_not_written(toy_runs, tmp_path, capsys, monkeypatch):
