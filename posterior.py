@@ -21,7 +21,7 @@ README.md has the idea, assets/derivation.md each equation with numbers; this is
                                       / (1 - prod_{i in M_t} (1 - alpha^i)),  r_t != 0
                        in the last step all gates open
   Eq. 2  tokens of p   p(x^i | z_t), independently for each position that step t reveals
-  Eq. 3  gates of q    q_t^i = 1 - (1 - e^i) (1 - f^i)        in the last step 1
+  Eq. 3  gates of q    q_t^i = 1 - (1 - e^i) (1 - f^i) = e^i + (1 - e^i) f^i;  in the last step 1
                        e^i = exp((s^i - s^(1)) / tau)         the best position opens for certain
                        f^i = sigmoid((s^i - s^(n)) / tau)     about n positions open [NEW]
   Eq. 4  bound         log p(x0 | c) >= E_q sum_t L_t(z_t)
@@ -55,7 +55,7 @@ class OrderPosterior(nn.Module):
         """prompt (B, P), x0 (B, L) -> scores (B, L).
 
         A position of higher score is revealed earlier. [NEW] The scores of an answer are
-        standardised to mean 0 and spread 1, so tau alone sets how sharp an order is. With a free
+        standardised to mean 0 and variance 1, so tau alone sets how sharp an order is. With a free
         scale the scores grow until all K orders are equal, and q learns nothing more.
         """
         h = self.trunk(self.trunk.encode_prompt(prompt), x0).float()
@@ -79,7 +79,7 @@ def log_gate_probs(scores, masked, steps_left, tau: float):
     log_f = F.logsigmoid(((scores - nth) / tau).masked_fill(settled, 0.0))
     certain = log_e == 0                                 # the best position, and settled gates
 
-    # q = e + (1 - e) f, which is Eq. 3, in logs. Rounding must not lift it above 1.
+    # Eq. 3, q = e + (1 - e) f, in logs. Rounding must not lift it above 1.
     log_q = torch.logaddexp(log_e, log_one_minus(log_e) + log_f).clamp(max=0)
     return log_q.masked_fill(certain, 0.0)
 
