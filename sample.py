@@ -16,7 +16,8 @@ compared with differ in nothing but which positions a step takes, and how many. 
 
     NAME[:KNOB][+eos_last]          learned:0.5, threshold:0.9+eos_last
 
-KNOB       the number that an order is tuned by (ORDERS below has defaults and what is tried)
+KNOB       the number that an order is tuned by (ORDERS below has defaults and what is tried): a
+           threshold, a bound, or how fast the shares of the steps grow
 +eos_last  positions whose likeliest token is EOS or PAD wait until nothing else is left: confidence
            likes the end of the canvas, and may spend early steps on it
 
