@@ -246,8 +246,8 @@ MODEL = {
     "the answer does not see the prompt": (
         "kv = torch.cat([kv, block", "kv = torch.cat([0 * kv, block",
         ("test_the_prompt_is_read_without_the_answer_and_the_answer_with_all_of_the_prompt",)),
-    "another order's prompt": ("part.repeat_interleave(K, 0)",
-                               "part.repeat(K, *[1] * (part.ndim - 1))",
+    "another order's prompt": ("part.repeat_interleave(N, 0)",
+                               "part.repeat(N, *[1] * (part.ndim - 1))",
                                ("test_answers_of_one_prompt_stand_together",)),
     "one bias for two steps left and more": ("clamp(max=len(self.steps_bias))", "clamp(max=2)",
                                              GATE_ROWS),

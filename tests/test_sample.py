@@ -147,8 +147,8 @@ DEFINITIONS = {
     "entropy": share(lambda row, i: -H(row, i)),
     # Steps of 3.25 around a ring of 10, less a fall of 10 over the canvas.
     "first_order": share(lambda row, i: -10 * i / len(row.p) + 3.25 * i % 10, 1.5),
-    "dilated": dilated, "iid": iid, "threshold": threshold,
-    "entropy_bound": entropy_bound, "learned": learned}
+    "dilated": dilated, "iid": iid, "threshold": threshold, "entropy_bound": entropy_bound,
+    "learned": learned}
 
 
 @pytest.mark.parametrize("flags", FLAGS)
