@@ -225,7 +225,8 @@ def test_learned_without_a_knob_draws_and_is_never_tuned():
 
 
 @pytest.mark.parametrize("text", [
-    "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:0", "iid:0", "learned:.5:.5:.5",
+    "", "best", "Learned", "+eos_last", ":0.5", "learned 0.5", "confidence:0", "iid:0",
+    "learned:.5:.5:.5",
     "learned:0.5:", "threshold:high", "threshold:1.2.3", "threshold:-",
     "iid+", "iid+eos", "iid+eos_last+eos_last", "threshold:0.9:0.5", "iid@8",
     "dilated:600", "dilated:0", "threshold:-1"])
