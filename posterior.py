@@ -55,8 +55,8 @@ class OrderPosterior(nn.Module):
         """prompt (B, P), x0 (B, L) -> scores (B, L).
 
         A position of higher score is revealed earlier. [NEW] The scores of an answer are
-        standardised to mean 0 and variance 1, so tau alone sets how sharp an order is. With a free
-        scale the scores grow until all K orders are equal, and q learns nothing more.
+        standardised to mean 0 and variance 1, so tau alone sets how sharp an order is, whatever the
+        scale of a network's scores.
         """
         h = self.trunk(self.trunk.encode_prompt(prompt), x0).float()
         with torch.autocast(h.device.type, enabled=False):       # bfloat16 would tie scores
