@@ -9,11 +9,11 @@ which is denoiser.pt or, fairer, control.pt: that one was trained on by stage 1'
 network states as the order stage saw. A rule's number is its best of these, so no rule suffers from
 a denoiser that was adapted to the learned order.
 
-A *cap* is the most steps that one answer may take, a *budget* the most on average. Where sample.py
-lists knobs to try, and none is given, it is tuned: for each checkpoint and budget, the knob and the
-cap (the budget, one more or twice as much) of highest score among those that stay within the budget
-on average, all on validation items. Other orders have the budget for their cap. The score is
---metric:
+A *cap* is the most steps that one answer may take, a *budget* the most on average. An order for
+which sample.py lists knobs to try is tuned, unless its knob is given: for each checkpoint and
+budget, the knob and the cap (the budget, one more or twice as much) of highest score among those
+that stay within the budget on average, all on validation items. Other orders have the budget for
+their cap. The score is --metric:
 
 accuracy  cut at the first EOS or PAD, last `####`, the number right after it, as a decimal. Of the
           data set "pairs": the whole text, but for spaces at its ends. An item that does not fit

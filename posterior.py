@@ -199,7 +199,7 @@ def objective(model, scores, prompt, x0, reveal_step, t, T: int, tau: float):
     log_q = log_gate_probs(scores[:, None].expand_as(masked), masked, steps_left, tau)
 
     # L_t, Eq. 5 and 6.
-    reconstruction = (log_q.exp() * log_p).sum(-1)                           # (B, 1+K)
+    reconstruction = (log_q.exp() * log_p).sum(-1)                                    # (B, 1+K)
     kl = step_kl(log_q, gate_logits, masked, steps_left == 1)
     L_t = reconstruction - kl
 

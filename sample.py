@@ -77,8 +77,9 @@ def top_k(score, masked, k):
 
 
 def best_share(score, state: State):
-    """The best of this step's share of what is masked. With a knob of 1 the steps that are left
-    have equal shares; the larger it is, the more they grow. Those of the learned order have 1.5."""
+    """The masked positions of highest score, as many as are this step's share. With a knob of 1 all
+    steps that are left have the same share. The larger the knob, the more the shares grow; those of
+    the learned order have 1.5."""
     k = step_share(state.masked, state.T - state.t + 1, state.knob).clamp(min=1)
     return top_k(score, state.masked, k)
 
@@ -168,9 +169,8 @@ def in_first_order(state: State):
 # --- rules: what is found safe, at least one position ---------------------------------------------
 
 def iid(state: State):
-    """Each position has a step of its own, drawn beforehand: uniform in 1..T, or, with a knob above
-    1, late ones more often, as many up to t as are (t / T)^knob. A step at which nothing opens is
-    not taken."""
+    """Each position has a step of its own, drawn beforehand: t or an earlier one with probability
+    (t / T)^knob. With a knob of 1 that is uniform. A step at which nothing opens is not taken."""
     time = state.order_noise ** (1 / state.knob) * state.T
     time = time.long().masked_fill(~state.masked, state.T)
     return time == time.amin(-1, keepdim=True)

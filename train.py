@@ -314,7 +314,8 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
     REPORTED budgets. At its end over all items, with the standard error of that mean."""
     n = None if progress == 1 else run.config.eval_items
     prompts, x0s = run.val[0][:n], run.val[1][:n]
-    budgets = REPORTED if networks.posterior is not None else [4]  # a denoiser has one: `val`
+    # A denoiser's bound knows no budget: one of them will do, and the name of that is `val`.
+    budgets = REPORTED if networks.posterior is not None else [4]
     record = {}
     for reported in budgets:
         T = min(reported, run.config.answer_len)
