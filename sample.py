@@ -224,6 +224,11 @@ class Order:
             text += "+eos_last"
         return text
 
+    @property
+    def is_random(self) -> bool:
+        """Do its positions differ from draw to draw?"""
+        return self.name == "iid" or (self.name == "learned" and self.knob is None)
+
     def __call__(self, state: State):
         """(B, L) bool: what to reveal now, some of the masked positions of each row."""
         rule, default, _ = ORDERS[self.name]

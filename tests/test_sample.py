@@ -25,6 +25,7 @@ import sample
 import tables
 from common import UserError
 from data import build_tokenizer, decode
+from eval_gsm8k import log_p_of_answers
 from model import load_checkpoint
 from sample import (ORDERS, Order, State, generate, parse_order, parse_steps, render,
                     sample_categorical, whole_number)
@@ -345,6 +346,24 @@ def test_forced_log_p_is_the_likelihood_of_the_sampler(order, monkeypatch):
         i = x0.index(tuple(likeliest.tokens[0].tolist()))
         assert likeliest.log_p[0] == out.log_p[i]
         assert torch.equal(likeliest.reveal_step[0], out.reveal_step[i])
+
+
+@pytest.mark.parametrize("order", ["iid", "learned", "learned:0.5", "confidence"])
+def test_log_p_of_orders_that_draw_is_of_their_mixture(order):
+    """Along any one order the likelihoods of all answers sum to 1. So does their mean over orders,
+    and the mean of their logs would stay below. One draw is enough for orders that draw nothing."""
+    model, x0 = TableModel(seed=1), answers(3)
+    order = parse_order(order)
+
+    def of(draws):
+        return log_p_of_answers(model, prompts(len(x0)), torch.tensor(x0), 2, order,
+                                [7] * len(x0), draws).exp()
+
+    assert of(5).sum().item() == pytest.approx(1)
+    assert torch.equal(of(1), of(5)) == (not order.is_random)
+    ways = {tuple(generate(model, prompts(1), 3, order, seeds=[seed]).reveal_step[0].tolist())
+            for seed in range(20)}
+    assert (len(ways) > 1) == order.is_random
 
 
 @pytest.mark.parametrize("order", ["threshold:0.5+eos_last", "confidence+eos_last"])

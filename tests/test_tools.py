@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -441,6 +442,50 @@ def test_pairs_that_meet_are_of_the_items_that_are_reported_on(toy_runs, monkeyp
     args = seeds.parse_args(["--limit", "3", "--tune_items", "2", "--steps", "2,4"])
     seeds.pairs_by_steps(toy_runs / "out_3", args)
     assert seen == [toy_split("test", 3)] * 2
+
+
+def test_gates_of_one_model_and_tokens_of_another():
+    """Along a true answer the order is that of the gates. In one step there are only tokens."""
+    gates = random_model()
+    tokens = MDM(TINY)
+    for i, p in enumerate(tokens.parameters()):
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(100 + i))
+    both = seeds.TokensOf(gates, tokens)
+    prompt = torch.randint(38, (9, 5))
+    x0 = torch.randint(38, (9, 7))
+
+    forced = [sample.generate(model, prompt, 4, x0=x0) for model in (both, gates, tokens)]
+    assert torch.equal(forced[0].reveal_step, forced[1].reveal_step)
+    assert not torch.equal(forced[0].reveal_step, forced[2].reveal_step)
+    at_once = [sample.generate(model, prompt, 1, x0=x0) for model in (both, gates, tokens)]
+    assert torch.equal(at_once[0].log_p, at_once[2].log_p)
+    assert not torch.equal(at_once[0].log_p, at_once[1].log_p)
+
+    same = sample.generate(seeds.TokensOf(gates, gates), prompt, 4)
+    alone = sample.generate(gates, prompt, 4)
+    assert torch.equal(same.tokens, alone.tokens)
+    assert torch.equal(same.log_p, alone.log_p)
+
+
+def test_a_run_with_a_control_has_the_learned_order_with_its_tokens(toy_runs, tmp_path,
+                                                                    monkeypatch):
+    out = tmp_path / "out_3"
+    shutil.copytree(toy_runs / "out_3", out)
+    assert "control_tokens_by_steps" not in seeds.row_of(out, seeds.parse_args(
+        ["--limit", "2", "--steps", "4", "--learned_only"]))
+    shutil.copy(toy_runs / "out_4" / "denoiser.pt", out / "control.pt")
+
+    def made_up(model, enc, items, order, cap, metric, dataset):
+        for name, part in (("ckpt", model.gates), ("control", model.tokens)):
+            saved, _ = load_checkpoint(out / f"{name}.pt")
+            for weights, others in zip(part.parameters(), saved.parameters()):
+                assert torch.equal(weights, others)
+        assert (items, str(order), metric) == (toy_split("test", 2), "learned:0.5", "coherent")
+        return {"coherent": cap / 10}
+
+    monkeypatch.setattr(eval_gsm8k, "evaluate", made_up)
+    args = seeds.parse_args(["--limit", "2", "--steps", "2,4"])
+    assert seeds.control_tokens_by_steps(out, args) == {"2": 20, "4": 40}
 
 
 def test_one_token_a_step_is_of_the_denoiser_that_is_best_at_the_longest_budget(

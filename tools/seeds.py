@@ -20,6 +20,9 @@ best_rule_by_steps            the rule of highest coherence, first_order too, ea
                               denoiser.pt, ckpt.pt and, if it is there, control.pt
 best_rule_coherent_by_steps   and its coherence
 best_rule, best_rule_coherent the same at 4 steps
+control_tokens_by_steps       where there is a control.pt: coherent if the gates are those of
+                              ckpt.pt, and the tokens those of control.pt. So is it the order that
+                              helps, or a denoiser that was trained along it?
 sequential                    left_to_right, one token a step, coherent
 minutes                       of the order stage, as it ran
 orders                        {order: {steps: [coherent, accuracy, mean steps]}}, all of them
@@ -35,6 +38,7 @@ import re
 from pathlib import Path
 from statistics import median
 
+import torch
 from tqdm import tqdm
 
 import eval_gsm8k
@@ -42,8 +46,8 @@ from common import (UserError, load_state, path_of, path_to_write, read_json_lin
                     versions, write_json)
 from data import build_tokenizer
 from eval_gsm8k import best_rules, load_items, locked, pairs_that_meet, run_evaluation
-from model import load_checkpoint
-from sample import whole_number
+from model import MDM, load_checkpoint
+from sample import parse_order, whole_number
 
 DEFAULT = "learned:0.5"  # sample.py's
 LEARNED = (DEFAULT, "learned")
@@ -107,6 +111,46 @@ def pairs_by_steps(out: Path, args) -> dict:
     return shares
 
 
+class TokensOf(torch.nn.Module):
+    """A model with the gates of one and the tokens of another."""
+
+    def __init__(self, gates: MDM, tokens: MDM):
+        super().__init__()
+        self.gates = gates
+        self.tokens = tokens
+        self.config = gates.config
+
+    def encode_prompt(self, prompt):
+        return [*self.gates.encode_prompt(prompt), *self.tokens.encode_prompt(prompt)]
+
+    def forward(self, cache, z):
+        half = len(cache) // 2
+        return self.gates(cache[:half], z), self.tokens(cache[half:], z)
+
+    def log_p(self, h):
+        _, of_tokens = h
+        return self.tokens.log_p(of_tokens)
+
+    def gate_logits(self, h, masked, steps_left):
+        of_gates, _ = h
+        return self.gates.gate_logits(of_gates, masked, steps_left)
+
+
+def control_tokens_by_steps(out: Path, args) -> dict:
+    """Coherent answers of the learned order, in %, if control.pt finds the tokens."""
+    model, state = load_checkpoint(out / "ckpt.pt")
+    control, _ = load_checkpoint(out / "control.pt")
+    enc = build_tokenizer(state["pieces"])
+    dataset = state["train_config"]["dataset"]
+    _, items = load_items(eval_args(args), state["train_config"])
+    shares = {}
+    for steps in args.steps.split(","):
+        row = eval_gsm8k.evaluate(TokensOf(model, control), enc, items, parse_order(DEFAULT),
+                                  int(steps), "coherent", dataset)
+        shares[steps] = 100 * row["coherent"]
+    return shares
+
+
 def by_order(rows: list[dict]) -> dict:
     """{order: {steps: [coherent, accuracy, mean steps]}}."""
     orders = {}
@@ -136,6 +180,8 @@ def row_of(out: Path, args) -> dict:
            "coherent_by_steps": column(default, 0), "accuracy_by_steps": column(default, 1),
            "same_step_by_steps": pairs_by_steps(out, args),
            "minutes": sum(record["seconds"] for record in records) / 60, "orders": orders}
+    if "control" in names:
+        row["control_tokens_by_steps"] = control_tokens_by_steps(out, args)
     if args.learned_only:
         return row
 
@@ -193,6 +239,7 @@ def show(row: dict):
     say(f"{'steps, at most':<26}" + "".join(f"{n:>8}" for n in row["coherent_by_steps"]))
     for label, name in (("coherent, %", "coherent_by_steps"), ("accurate, %", "accuracy_by_steps"),
                         ("pairs that meet, %", "same_step_by_steps"),
+                        ("with control's tokens, %", "control_tokens_by_steps"),
                         ("best rule, coherent, %", "best_rule_coherent_by_steps")):
         if name in row:
             cells = [f"{value:>8.1f}" for value in row[name].values()]
