@@ -58,7 +58,7 @@ def run_script(main):
 
 
 def flush_stdout():
-    """OSError if what was printed cannot be written. That nobody reads it any more is none."""
+    """OSError if what was printed cannot be written. A reader that has left is no error."""
     try:
         sys.stdout.flush()
     except ValueError:
@@ -114,7 +114,7 @@ def process_rank() -> tuple[int, int]:
 
 
 def from_torchrun(name: str, default: int) -> int:
-    """A number that torchrun has set. Where there is no torchrun a shell has set it: not for us."""
+    """A number that torchrun has set. Without torchrun it is someone else's, and ignored."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return default
     text = os.environ.get(name, "")
@@ -145,7 +145,7 @@ def path_to_write(text: str) -> Path:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a log.jsonl. Lines that are none, cut ones for example, are dropped."""
+    """The objects of a log.jsonl. Other lines, cut ones for example, are dropped."""
     records = []
     for line in Path(path).read_text(errors="replace").splitlines():
         try:

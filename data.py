@@ -21,7 +21,7 @@ The toy is built so that the order of generation matters:
   a rule that looks at one position at a time cannot see it.
 - Answers have several lengths, so a fixed canvas ends in EOS and PAD, as GSM8K's does.
 In toy2 each story is told forwards or backwards, a coin flip, and the equations follow the story.
-No fixed direction is right: what has to be written first depends on the question.
+In few steps no fixed direction is right: what comes first depends on the question.
 
 A sequence is `[question PAD .. PAD | target EOS PAD .. PAD]`: P prompt tokens, L of the canvas. EOS
 and PAD of the canvas are tokens that the model has to write; PAD of the prompt is never seen.

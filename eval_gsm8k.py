@@ -163,8 +163,8 @@ def batches(model: MDM, enc, items: list[dict], size: int):
 
 
 def log_p_of_answers(model: MDM, prompt, x0, cap: int, order: Order, rows: list[int], draws: int):
-    """log p(x0) of the sampler, (B,) in nats: exact if the order draws nothing. If it does, the log
-    of the mean over `draws` orders, on average a lower bound."""
+    """log p(x0) of the sampler, (B,) in nats: exact if the order draws nothing, else the log of
+    the mean over `draws` orders, on average a lower bound."""
     along_an_order = []
     for draw in range(draws if order.is_random else 1):
         seeds = [row + 10**6 * draw for row in rows]

@@ -229,10 +229,13 @@ class MDM(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.encode_prompt = self.trunk.encode_prompt
         self.token_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.gate_head = GateHead(config)
         nn.init.zeros_(self.token_head.weight)
+
+    def encode_prompt(self, prompt):
+        """The cache of prompts (B, P): what all their states share. Two tensors, a row a prompt."""
+        return self.trunk.encode_prompt(prompt)
 
     def forward(self, cache, z):
         """Hidden states (B*N, L, D), for the heads below: logits only where they are needed."""
@@ -250,8 +253,8 @@ class MDM(nn.Module):
 
 def log_p_of(model: MDM, h, x0, masked):
     """log p(x0^i | z) at the masked positions, 0 elsewhere: (..., L)."""
-    log_p = model.log_p(h[masked])                                        # (N, V)
-    picked = log_p.gather(-1, x0[masked][:, None]).squeeze(-1)            # (N,)
+    log_p = model.log_p(h[masked])                                        # (masked, V)
+    picked = log_p.gather(-1, x0[masked][:, None]).squeeze(-1)            # (masked,)
     return picked.new_zeros(masked.shape).masked_scatter(masked, picked)
 
 

@@ -9,8 +9,8 @@ import torch
 class Muon(torch.optim.Muon):
     """Muon (Jordan 2024): momentum, then the nearest matrix with all singular values about 1.
 
-    The step is torch's, without weight decay, but off CUDA in float32: a CPU without bfloat16
-    instructions takes several times as long for torch's as for all the rest.
+    The step is torch's, without weight decay, but off CUDA in float32. torch's own is in bfloat16:
+    on a CPU without such instructions it takes several times as long as the rest of training.
     """
 
     @torch.no_grad()
