@@ -138,8 +138,8 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p of paired results (N,) bool, if of the items that only one of them gets right
-    each is expected to have half."""
+    """Exact two-sided p of paired results (N,) bool: is one right as often as the other, among the
+    items that only one of them gets right?"""
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
     n = only_a + only_b

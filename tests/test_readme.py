@@ -230,6 +230,21 @@ def test_a_toys_table_is_that_of_the_json(title):
             assert shown == cell(values), (order, steps)
 
 
+def test_the_learned_order_with_the_control_s_tokens_is_that_of_the_json():
+    """Of the runs for which it was measured: with its own tokens, with the control's, first_order."""
+    runs = [run for run in runs_of("toy") if "control_tokens_by_steps" in run]
+    [(header, rows)] = [table for table in tables(section("The toy"))
+                        if table[0][0] == "order and tokens, coherent %"]
+    budgets = [re.match(r"\d+", name)[0] for name in header[1:]]
+    for row, name in zip(rows, ("coherent_by_steps", "control_tokens_by_steps")):
+        assert row[1:] == [cell([run[name][steps] for run in runs]) for steps in budgets]
+    assert rows[2][1:] == [cell([score(run, "first_order", steps) for run in runs])
+                           for steps in budgets]
+    values = [run["control_tokens_by_steps"]["4"] for run in runs]
+    text = " ".join(README.split())
+    assert f"{median(values):.1f} % in 4 steps ({min(values):.0f} to {max(values):.0f}, six" in text
+
+
 @pytest.mark.parametrize("title", TOYS)
 def test_the_leads_are_those_of_the_json(title):
     """Of each seed: the best published rule, and p's first order."""
