@@ -231,7 +231,7 @@ def test_a_toys_table_is_that_of_the_json(title):
 
 
 def test_the_learned_order_with_the_control_s_tokens_is_that_of_the_json():
-    """Of the runs for which it was measured: with its own tokens, with the control's, first_order."""
+    """Of runs that were measured so: with its own tokens, with the control's, first_order."""
     runs = [run for run in runs_of("toy") if "control_tokens_by_steps" in run]
     [(header, rows)] = [table for table in tables(section("The toy"))
                         if table[0][0] == "order and tokens, coherent %"]
