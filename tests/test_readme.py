@@ -275,31 +275,36 @@ def test_the_seeds_are_those_of_the_json(title):
                 f"{run['minutes']:.1f} |") in section(title)
 
 
-def test_the_tables_of_gsm8k_are_those_of_the_json():
+def mean_and_error(values, sign=""):
+    values = torch.tensor(values, dtype=torch.float64)
+    error = values.std(correction=0) / len(values) ** 0.5
+    return f"{values.mean():{sign}.1f} ± {error:.1f}"
+
+
+@pytest.mark.parametrize("file, first, table, less, with_accuracy", [
+    ("eval", "learned:0.5", "order", "learned:0.5 less", True),
+    ("draws", "learned", "order, mixtures", "learned, 32 orders, less", False)])
+def test_the_tables_of_gsm8k_are_those_of_the_json(file, first, table, less, with_accuracy):
     """Each order on its best checkpoint: log p, its standard error, accuracy; and what the learned
     order has more, item by item."""
     best = {}
-    for row in json.loads((ROOT / "assets/gsm8k/eval.json").read_text())["rows"]:
+    for row in json.loads((ROOT / f"assets/gsm8k/{file}.json").read_text())["rows"]:
         of = row["asked"], str(row["budget"])
         if of not in best or row["score"] > best[of]["score"]:
             best[of] = row
 
-    def mean_and_error(values, sign=""):
-        values = torch.tensor(values, dtype=torch.float64)
-        error = values.std(correction=0) / len(values) ** 0.5
-        return f"{values.mean():{sign}.1f} ± {error:.1f}"
-
     shown = {header[0]: (header, rows) for header, rows in tables(section("GSM8K"))}
-    header, rows = shown["order"]
+    header, rows = shown[table]
     budgets = [re.match(r"\d+", name)[0] for name in header[1:]]
     for name, *cells in rows:
         for steps, cell in zip(budgets, cells, strict=True):
             row = best[name.split(",")[0], steps]
-            assert cell == f"{mean_and_error(row['nats'])}, {100 * row['accuracy']:.1f} %"
-    header, others = shown["learned:0.5 less"]
+            accuracy = f", {100 * row['accuracy']:.1f} %" if with_accuracy else ""
+            assert cell == mean_and_error(row["nats"]) + accuracy
+    header, others = shown[less]
     for name, *cells in others:
         for steps, cell in zip(budgets, cells, strict=True):
-            learned = best["learned:0.5", steps]["nats"]
+            learned = best[first, steps]["nats"]
             other = best[name.split(",")[0], steps]["nats"]
             assert cell == mean_and_error([a - b for a, b in zip(learned, other)], "+")
     assert len(rows) == len(others) + 1 == 6
