@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval_gsm8k
 import model
 import optim
 import posterior
@@ -30,6 +31,7 @@ USERS = {
     "model.py": (model, posterior, test_objective, test_model),
     "optim.py": (optim, test_optim),
     "sample.py": (sample, test_sample),
+    "eval_gsm8k.py": (eval_gsm8k, test_sample),
 }
 
 
@@ -97,6 +99,7 @@ LEARNED = (LAW, "learned", test_sample.law_of_learned, 2)
 LEARNED_3 = (LAW, "learned", test_sample.law_of_learned, 3)
 IID = (LAW, "iid", test_sample.law_of_iid, 2)
 REPLAY = ("test_every_step_is_the_order_s_choice_at_the_model_s_state", "confidence")
+MIXTURE = ("test_log_p_of_orders_that_draw_is_of_their_mixture", "iid")
 FORCED = ("test_forced_log_p_is_the_likelihood_of_the_sampler", "confidence")
 RARE = ("test_drawing_reaches_tokens_rarer_than_float32_can_add_up", 1)
 
@@ -354,6 +357,11 @@ SAMPLE = {
                                          "torch.where(masked, tokens, z[rows])", REPLAY),
 }
 
+EVAL = {
+    "the mean of logs": ("logsumexp(0) - math.log(len(along_an_order))", "mean(0)", MIXTURE),
+    "the same draw again": ("row + 10**6 * draw", "row", MIXTURE),
+}
+
 REFERENCE = {
     "trajectory: REINFORCE's sign": ("(terms.sum(0) + surrogate)", "(terms.sum(0) - surrogate)",
                                      TRAJECTORY),
@@ -365,7 +373,7 @@ REFERENCE = {
 }
 
 FILES = {"posterior.py": POSTERIOR, "model.py": MODEL, "optim.py": OPTIM, "sample.py": SAMPLE,
-         "tests/test_objective.py": REFERENCE}
+         "eval_gsm8k.py": EVAL, "tests/test_objective.py": REFERENCE}
 MUTATIONS = [pytest.param(path, *change, id=f"{path}: {name}")
              for path, changes in FILES.items() for name, change in changes.items()]
 
