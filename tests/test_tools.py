@@ -189,6 +189,24 @@ def test_a_step_is_all_its_parts_and_one_update(tmp_path, monkeypatch):
     assert result["sample"]["4"] == {"1": 8, "3": 8}  # 8 answers in a second, whatever the batch
 
 
+def test_answers_are_written_in_batches_of_the_size_that_is_named(tmp_path, monkeypatch):
+    """At least 8 of them, by each of the numbers of steps, and by the twin."""
+    written = []
+    monkeypatch.setattr(bench, "generate", lambda model, prompt, steps, order:
+                        written.append((steps, len(prompt))))
+    monkeypatch.setattr(bench, "write_causally", lambda model, prompt, n, dtype:
+                        written.append(("causal", len(prompt))))
+    run = bench.make_run(train.parse_config(["--out_dir", str(tmp_path)]))
+    autocast = torch.autocast("cpu", enabled=False)
+    jobs, _ = bench.sampling(run, MDM(run.sizes), [1, 12], autocast, torch.float32)
+    for (T, B), job in jobs.items():
+        written.clear()
+        job()
+        steps = T if T == "causal" else sample.parse_steps(T)
+        assert written == ([(steps, 1)] * 8 if B == 1 else [(steps, 12)])
+    assert set(jobs) == set(itertools.product(["1", "4", "16", "L", "causal"], [1, 12]))
+
+
 def test_memory_is_unknown_where_there_is_no_resource_module(monkeypatch):
     """Windows has none."""
     monkeypatch.setitem(sys.modules, "resource", None)

@@ -21,6 +21,7 @@ causal          left to right by the same network: as many tokens as true answer
 """
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -175,24 +176,21 @@ def sampling(run: train.Run, model: MDM, batches: list[int], autocast, dtype) ->
     device = run.device
     lengths = (run.val[1] < run.sizes.eos).sum(-1) + 1                    # with EOS
     tokens = lengths.clamp(max=run.config.answer_len).double().mean().item()
+
+    def write_all(prompts, T):
+        with autocast:
+            for prompt in prompts:
+                if T == "causal":
+                    write_causally(model, prompt, round(tokens), dtype)
+                else:
+                    generate(model, prompt, parse_steps(T), "learned:0.5")
+
     jobs = {}
     for B in batches:
         rows = torch.arange(max(B, 8)) % len(run.val[0])
         prompts = trim(run.val[0][rows], run.sizes.pad).to(device).split(B)
-
-        def write_by(write):
-            def job():
-                with autocast:
-                    for prompt in prompts:
-                        write(prompt)
-            return job
-
-        for T in STEPS:
-            steps = parse_steps(T)
-            jobs[T, B] = write_by(
-                lambda prompt, steps=steps: generate(model, prompt, steps, "learned:0.5"))
-        jobs["causal", B] = write_by(
-            lambda prompt: write_causally(model, prompt, round(tokens), dtype))
+        for T in (*STEPS, "causal"):
+            jobs[T, B] = functools.partial(write_all, prompts, T)
     return jobs, tokens
 
 
