@@ -5,9 +5,9 @@
 
 Every order uses the same generate(), the same canvas and the likeliest token.
 The learned order runs on the order-trained checkpoint. Each rule runs on it and on every --control,
-which is denoiser.pt or, fairer, control.pt: that one was trained on by stage 1's loss for as many
-network states as the order stage saw. A rule's number is its best of these, so no rule suffers from
-a denoiser that was adapted to the learned order.
+which is denoiser.pt or, fairer, control.pt: that is denoiser.pt, trained further by stage 1's
+loss on as many network states as the order stage saw. A rule's number is its best of these, so no
+rule suffers from a denoiser that was adapted to the learned order.
 
 A *cap* is the most steps that one answer may take, a *budget* the most on average. An order for
 which sample.py lists knobs to try is tuned, unless its knob is given: for each checkpoint and
@@ -15,9 +15,9 @@ budget, the knob and the cap (the budget, one more or twice as much) of highest 
 that stay within the budget on average, all on validation items. Other orders have the budget for
 their cap. The score is --metric:
 
-accuracy  cut at the first EOS or PAD, last `####`, the number right after it, as a decimal. Of the
-          data set "pairs": the whole text, but for spaces at its ends. An item that does not fit
-          prompt or canvas counts as wrong
+accuracy  cut at the first EOS or PAD; the number right after the last `####` must equal the true
+          one, as a decimal. In the data set "pairs" the whole texts must be equal, but for spaces
+          at their ends. An item that does not fit prompt or canvas counts as wrong
 coherent  accurate, and no <<a=b>> is false or broken: did the parallel steps agree with each other?
 nats      mean log p(true answer) of the sampler that takes this order and draws its tokens from p,
           over the items that fit. Exact for an order that draws nothing. For `iid` and `learned` it
@@ -95,8 +95,8 @@ def value_of(expression: str) -> Fraction | None:
 
 
 def is_true(equation: str) -> bool:
-    """Is a=b true? A b with decimals may be a rounded to as many as it shows: 1/3=.33, 1/3=33.3%;
-    a whole number may not."""
+    """Is a=b true? If b has decimals, it may be the value of a rounded to as many: 1/3=.33,
+    1/3=33.3%. A whole b must be exact."""
     left, _, right = equation.rpartition("=")
     a = value_of(left)
     b = value_of(right)
@@ -253,7 +253,7 @@ def rival_of(row: dict, rows: list[dict]) -> dict | None:
 
 
 def table(rows: list[dict], metric: str, rivals=()) -> str:
-    """Lines to print; `rivals` are the rows that a learned order's p is looked for in."""
+    """Lines to print; a learned order is compared with the best rule among `rivals`."""
     unit = 1 if metric == "nats" else 100
     head = (f"{'order':<25}{'denoiser':<11}{'budget':>6}{'cap':>4}{'steps':>7}{'min-max':>9}"
             f"{metric:>10}{'95 %':>15}{'accuracy':>10}{'coherent':>10}{'no number':>11}{'true':>7}")

@@ -116,7 +116,7 @@ class Trunk(nn.Module):
         S = config.prompt_len + config.answer_len
         self.token = nn.Embedding(config.vocab_size + 1, config.n_embd)  # + MASK
         # [NEW] rotary embedding tells how far apart two tokens are. A learned one tells each token
-        # its position, because what belongs at position 20 often depends on a fixed one before.
+        # its position, because the token at position 20 often depends on a fixed position before.
         self.position = nn.Embedding(S, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
@@ -207,9 +207,9 @@ def first_order(length: int):
     """The order that p begins with, as biases (length,): 0, 3.1, 6.2, 9.2, 2.3 .. of 60.
 
     The KL pulls q to what p can predict, so q soon follows this order, and improves on it from
-    there. If p could at first only predict the same for two tied operands, the KL would pull q to
-    equal scores, and one step would open both. So positions next to each other or two apart, as the
-    operands of an equation are, differ by 3 or more (on a canvas of 40 or more): the first term
+    there. If p could at first only predict equal scores for two tied operands, the KL would pull q
+    to these, and one step would open both. So the biases of positions next to each other or two
+    apart, as operands are, differ by 3 or more (on a canvas of 40 or more): the first term
     goes round a ring of length 10 in steps of 3.25.
 
     The second term falls by 10 over the canvas, so the order is roughly from left to right: what is

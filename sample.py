@@ -169,7 +169,7 @@ def in_first_order(state: State):
 # --- rules: what is found safe, at least one position ---------------------------------------------
 
 def iid(state: State):
-    """Each position has a step of its own, drawn beforehand: t or an earlier one with probability
+    """The step of each position is drawn beforehand: it is t or an earlier one with probability
     (t / T)^knob. With a knob of 1 that is uniform. A step at which nothing opens is not taken."""
     time = state.order_noise ** (1 / state.knob) * state.T
     time = time.long().masked_fill(~state.masked, state.T)

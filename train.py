@@ -218,8 +218,9 @@ def prepare(config: Config) -> Run:
     start = start_of(stages_of(config)[0], config)
     if start is not None:
         _, state = load_checkpoint(start)
-        # Weights belong to their tokenizer. Without --init files must be those it was made from,
-        # which load_denoiser checks by the pieces; the toy's texts differ by seed.
+        # Weights belong to their tokenizer: its pieces are taken with --init (now or earlier), and
+        # for a toy, whose texts differ by seed. Other files must be those it was made from, which
+        # load_denoiser checks.
         toy = config.dataset.startswith("toy")
         if toy or config.init or state["train_config"].get("init"):
             pieces = state["pieces"]
@@ -320,7 +321,7 @@ def validate(run: Run, networks: Networks, progress: float) -> dict:
     for reported in budgets:
         T = min(reported, run.config.answer_len)
 
-        # The bound of each item, 64 at a time. Their noise is that of their number, not of a step.
+        # The bound of each item, 64 at a time. Its place in the list seeds the noise, not the step.
         elbos = []
         for i in range(0, len(prompts), 64):
             prompt = trim(prompts[i : i + 64], run.sizes.pad).to(run.device)
