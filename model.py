@@ -207,10 +207,10 @@ def first_order(length: int):
     """The order that p begins with, as biases (length,): 0, 3.1, 6.2, 9.2, 2.3 .. of 60.
 
     The KL pulls q to what p can predict, so q soon follows this order, and improves on it from
-    there. If p could at first only predict equal scores for two tied operands, the KL would pull q
-    to these, and one step would open both. So the biases of positions next to each other or two
-    apart, as operands are, differ by 3 or more (on a canvas of 40 or more): the first term
-    goes round a ring of length 10 in steps of 3.25.
+    there. From biases of 0 some seeds find as good an order, and others do not: as long as p
+    predicts equal scores for tied operands, the KL pulls q to these, and one step may open both.
+    So the biases of positions next to each other or two apart, as operands are, differ by 3 or more
+    (on a canvas of 40 or more): the first term goes round a ring of length 10 in steps of 3.25.
 
     The second term falls by 10 over the canvas, so the order is roughly from left to right: what is
     written later often depends on what stands before. What is learned keeps some of both. Other
