@@ -641,10 +641,10 @@ def main(argv=None):
     args = parse_args(argv)
     asked, mine, meta = run_evaluation(args)
     of = meta["reported"]
-    unit = "nats" if of["metric"] == "nats" else "%"
+    score = "log p in nats" if of["metric"] == "nats" else f"{of['metric']} in %"
     print(f"{len(mine)} rows of this evaluation are in {args.json}")
     print(f"{of['dataset']}, {of['n']} {of['split']} items, {asked[0]['fit']} of them fit; "
-          f"{of['metric']} in {unit}; each rule on the best of {', '.join(meta['checkpoints'])}")
+          f"{score}; each rule on the best of {', '.join(meta['checkpoints'])}")
     print(table(best_rules(asked), of["metric"], rivals=mine))
 
 
