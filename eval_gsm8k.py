@@ -529,7 +529,7 @@ def parse_args(argv):
     parser.add_argument("--metric", choices=["accuracy", "coherent", "nats"],
                         help="coherent for a toy, else accuracy by default")
     parser.add_argument("--draws", type=whole_number, default=1,
-                        help="of the order of each item, for nats of orders that draw")
+                        help="orders drawn for each item, for the nats of iid and learned")
     parser.add_argument("--batch_size", type=whole_number, default=64)
     parser.add_argument("--data_dir", help="GSM8K's files, if not where training found them")
     parser.add_argument("--json", type=path_to_write, default="out/eval.json",

@@ -226,7 +226,7 @@ class Order:
 
     @property
     def is_random(self) -> bool:
-        """Do its positions differ from draw to draw?"""
+        """Does it draw which positions to reveal?"""
         return self.name == "iid" or (self.name == "learned" and self.knob is None)
 
     def __call__(self, state: State):

@@ -20,9 +20,8 @@ best_rule_by_steps            the rule of highest coherence, first_order too, ea
                               denoiser.pt, ckpt.pt and, if it is there, control.pt
 best_rule_coherent_by_steps   and its coherence
 best_rule, best_rule_coherent the same at 4 steps
-control_tokens_by_steps       where there is a control.pt: coherent if the gates are those of
-                              ckpt.pt, and the tokens those of control.pt. So is it the order that
-                              helps, or a denoiser that was trained along it?
+control_tokens_by_steps       where there is a control.pt: coherent of the gates of ckpt.pt with the
+                              tokens of control.pt, which was not trained along the order
 sequential                    left_to_right, one token a step, coherent
 minutes                       of the order stage, as it ran
 orders                        {order: {steps: [coherent, accuracy, mean steps]}}, all of them
@@ -100,11 +99,16 @@ def eval_args(args, words=()):
                                   "--tune_items", str(args.tune_items), *words])
 
 
+def what_is_reported_on(out: Path, args) -> tuple:
+    """ckpt.pt's model, its tokenizer, and the items to report on."""
+    model, state = load_checkpoint(out / "ckpt.pt")
+    _, items = load_items(eval_args(args), state["train_config"])
+    return model, build_tokenizer(state["pieces"]), items
+
+
 def pairs_by_steps(out: Path, args) -> dict:
     """Of learned:0.5, in %: the exchangeable pairs that meet, on the items that are reported on."""
-    model, state = load_checkpoint(out / "ckpt.pt")
-    enc = build_tokenizer(state["pieces"])
-    _, items = load_items(eval_args(args), state["train_config"])
+    model, enc, items = what_is_reported_on(out, args)
     shares = {}
     for steps in args.steps.split(","):
         shares[steps] = 100 * pairs_that_meet(model, enc, items, int(steps), DEFAULT)
@@ -112,7 +116,7 @@ def pairs_by_steps(out: Path, args) -> dict:
 
 
 class TokensOf(torch.nn.Module):
-    """A model with the gates of one and the tokens of another."""
+    """A model with the gates of one and the tokens of another. Each step is a pass of both."""
 
     def __init__(self, gates: MDM, tokens: MDM):
         super().__init__()
@@ -138,15 +142,13 @@ class TokensOf(torch.nn.Module):
 
 def control_tokens_by_steps(out: Path, args) -> dict:
     """Coherent answers of the learned order, in %, if control.pt finds the tokens."""
-    model, state = load_checkpoint(out / "ckpt.pt")
+    model, enc, items = what_is_reported_on(out, args)
     control, _ = load_checkpoint(out / "control.pt")
-    enc = build_tokenizer(state["pieces"])
-    dataset = state["train_config"]["dataset"]
-    _, items = load_items(eval_args(args), state["train_config"])
+    both = TokensOf(model, control)
+    order = parse_order(DEFAULT)
     shares = {}
     for steps in args.steps.split(","):
-        row = eval_gsm8k.evaluate(TokensOf(model, control), enc, items, parse_order(DEFAULT),
-                                  int(steps), "coherent", dataset)
+        row = eval_gsm8k.evaluate(both, enc, items, order, int(steps), "coherent", "toy")
         shares[steps] = 100 * row["coherent"]
     return shares
 
