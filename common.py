@@ -47,8 +47,6 @@ def run_script(main):
         flush_stdout()
     except KeyboardInterrupt:
         raise UserError("stopped") from None
-    except BrokenPipeError:
-        pass  # `| head` has read enough
     except OSError as e:  # its text names the file
         raise UserError(f"stopped: {e}; files that were written are whole") from None
     except (MemoryError, torch.OutOfMemoryError):
